@@ -1,0 +1,100 @@
+"""Table and figure of finished runs.
+
+    python plot.py runs/*                             # a table: mean ± std over the seeds of each group of runs
+    python plot.py runs/* --figure curves.png         # and learning curves
+
+A run folder holds log.jsonl and result.json. Folders whose names differ only in `-seed<n>` form a group.
+"""
+
+import argparse
+import json
+import re
+import statistics
+from pathlib import Path
+
+from common import UserError, run_main
+
+
+def read_groups(folders):
+    """-> {group name: [(log rows, result)]}; folders without a result (unfinished runs) are passed over."""
+    groups = {}
+    for folder in map(Path, folders):
+        if (folder / "result.json").exists():
+            rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+            name = re.sub(r"-seed\d+", "", folder.name)
+            groups.setdefault(name, []).append((rows, json.loads((folder / "result.json").read_text())))
+    if not groups:
+        raise UserError("none of these folders holds a finished run (result.json)")
+    return groups
+
+
+def spread(values):
+    """'0.981 ± 0.004' over seeds, the unbiased standard deviation; a single run has none."""
+    mean = f"{statistics.mean(values):.3f}"
+    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
+
+
+def table(groups):
+    """Markdown: a row per group, before -> after of each accuracy."""
+    first = next(iter(groups.values()))[0][1]
+    passes = [key for key in first if re.fullmatch(r"pass@\d+", key)]
+    keys = ["greedy", "sampled", *passes, "greedy_flexible", "greedy_no_latents"]
+    lines = ["| runs | seeds | steps | seconds | " + " | ".join(keys) + " | length |", "|---" * (len(keys) + 5) + "|"]
+    for name, runs in sorted(groups.items()):
+        results = [result for _, result in runs]
+        seconds = f"{statistics.mean(r['seconds'] for r in results):.0f}"
+        cells = [f"{statistics.mean(r[f'{key}_before'] for r in results):.3f} → {spread([r[key] for r in results])}"
+                 if all(key in r for r in results) else "" for key in keys]  # fmt: skip
+        length = spread([r["length"] for r in results])
+        lines.append(f"| {name} | {len(runs)} | {results[0]['steps']} | {seconds} | {' | '.join(cells)} | {length} |")
+    return "\n".join(lines)
+
+
+def figure(groups, path):
+    """Two panels over steps, mean and ± one std over seeds: noise-free accuracy and the reward of the rollouts."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = [("greedy", "noise-free accuracy, held-out"), ("reward", "reward of training rollouts (mean of 5 steps)")]
+    _, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
+    for (key, title), axis in zip(panels, axes, strict=True):
+        for name, runs in sorted(groups.items()):
+            curves = []
+            for rows, result in runs:
+                curve = {row["step"] + 1: row[key] for row in rows if key in row}
+                if key == "greedy":
+                    curve |= {0: result["greedy_before"], result["steps"]: result["greedy"]}
+                else:
+                    values = [curve[step] for step in sorted(curve)]
+                    curve = {i + 1: statistics.mean(values[max(0, i - 4) : i + 1]) for i in range(len(values))}
+                curves.append(curve)
+            steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+            means = [statistics.mean(curve[s] for curve in curves) for s in steps]
+            axis.plot(steps, means, label=f"{name} ({len(runs)} seeds)")
+            if len(curves) > 1:
+                stds = [statistics.stdev(curve[s] for curve in curves) for s in steps]
+                low, high = ([m + sign * s for m, s in zip(means, stds, strict=True)] for sign in (-1, 1))
+                axis.fill_between(steps, low, high, alpha=0.15)
+        axis.set(title=title, xlabel="step", ylim=(0, 1.02))
+        axis.grid(alpha=0.3)
+    axes[0].legend(loc="lower right")
+    plt.tight_layout()
+    plt.savefig(path, dpi=120)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", help="run folders")
+    parser.add_argument("--figure", help="picture to write, .png or .pdf")
+    args = parser.parse_args(argv)
+    groups = read_groups(args.folders)
+    print(table(groups))
+    if args.figure:
+        figure(groups, args.figure)
+        print(f"wrote {args.figure}")
+
+
+if __name__ == "__main__":
+    run_main(main)
