@@ -64,7 +64,7 @@ from common import SoftToken, UserError
 #       in the help. The tiny model needs other values, which TINY lists and `--help` shows.
 
 TINY = dict(
-    data="tiny", latent_steps=12, tau=0.5, steps=60, prompts_per_step=32, max_new_tokens=40, lr=2e-4, warmup=6,
+    data="tiny", latent_steps=12, tau=0.5, steps=100, prompts_per_step=32, max_new_tokens=40, lr=3e-4, warmup=5,
     micro_batch=64, eval_problems=512, eval_every=10, show_every=20,
 )  # fmt: skip
 
