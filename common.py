@@ -33,7 +33,7 @@ import tiny
 HERE = Path(__file__).parent
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 1. Errors and interrupts. A mistake of the user is a UserError: one line that says what to do, exit code 2, no traceback.
+# 1. Errors and interrupts. A mistake of the user is a UserError: one line that says what to do, and exit code 2.
 
 
 class UserError(Exception):
@@ -54,7 +54,9 @@ def run_main(main):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         print("error: out of memory; lower --micro_batch, --prompts_per_step or --max_new_tokens,"
               " or add --gradient_checkpointing", file=sys.stderr)  # fmt: skip
         code = 2
@@ -63,9 +65,14 @@ def run_main(main):
     sys.exit(code)
 
 
+def is_out_of_memory(error):
+    """A GPU's OutOfMemoryError, Python's MemoryError, or the plain RuntimeError of torch's CPU allocator."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
 class StopSignal:
-    """`with StopSignal() as stop:` — the first Ctrl-C or SIGTERM only sets stop.requested, so that the step in
-    progress can end and be saved; a second Ctrl-C interrupts at once."""
+    """`with StopSignal() as stop:` the first Ctrl-C or SIGTERM only sets stop.requested, so that the step in progress
+    can end and be saved; a second one interrupts at once."""
 
     def __enter__(self):
         self.requested = False
@@ -219,8 +226,8 @@ def take(stream, position, count, tokenizer, max_tokens):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 3. The verifier: the only source of reward. Two scores side by side: strict wants the answer in the form that was asked
-#    for, flexible takes the last number. A run whose strict score rises while the flexible one does not has learnt the form.
+# 3. The verifier: the only source of reward. Two scores side by side: strict wants the answer in the form that was
+#    asked for, flexible takes the last number. If the strict score alone rises, a run has learnt the form.
 
 NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?|-?\$?\.\d+")
 
@@ -296,7 +303,7 @@ def answers_equal(prediction, truth):
 
 
 def verify(text, problem):
-    """(strict, flexible) scores, each 0.0 or 1.0, of a completion's text. The text is data: nothing in it is executed."""
+    """(strict, flexible) scores, each 0.0 or 1.0, of a completion's text. Nothing in the text is ever executed."""
     if problem.form == "think":
         found = re.fullmatch(r"\s*(\d+)\s*", text.rsplit("</think>", 1)[-1])
         prediction = found and found.group(1)
@@ -311,7 +318,7 @@ def verify(text, problem):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 4. Models: an ordinary Hugging Face causal LM, whose master weights stay float32 whatever the compute dtype is: a
-#    bfloat16 weight has 8 bits of mantissa and rounds an update of 1e-6 away.
+#    bfloat16 weight has 8 bits of precision and rounds an update of 1e-6 away.
 
 
 def resolve_model(name):
@@ -325,23 +332,39 @@ def resolve_model(name):
     return f"Qwen/{name}" if name.startswith("Qwen") and "/" not in name else name
 
 
+@dataclass
+class LanguageModel:
+    """A model with what one needs to sample from it and to read the samples."""
+
+    model: torch.nn.Module
+    tokenizer: object
+    stop_ids: list  # any of these ends a text
+    pad_id: int
+
+    @property
+    def table(self):
+        return self.model.get_input_embeddings().weight  # (V, D)
+
+
 def load_model(name, device):
-    """-> (model in eval mode, tokenizer, stop ids). UserError when the model cannot be had."""
+    """-> LanguageModel in eval mode, float32, without dropout. UserError when the model cannot be had."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     path = resolve_model(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0][:150]
+    except Exception as error:  # no such name, no network, a damaged file: many types, one remedy
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
         raise UserError(
             f"cannot load the model {path}: check the name and the network, or give a local folder ({reason})"
         ) from None
-    model.to(device).eval()
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return model, tokenizer, find_stop_ids(model, tokenizer)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # a replay must equal its rollout
+    stop_ids = find_stop_ids(model, tokenizer)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
+    return LanguageModel(model.to(device).eval(), tokenizer, stop_ids, pad_id)
 
 
 def find_stop_ids(model, tokenizer):
@@ -361,9 +384,9 @@ def autocast(device):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 5. Decoding. Serving engines cannot take a fresh embedding at every step, so the loop is our own. It knows nothing about
-#    any method: each step it hands the logits to `choose` and feeds back the soft token that it gets. A soft token
-#    is K candidate ids with weights that sum to 1; an ordinary token is one id with weight 1.
+# 5. Decoding. Serving engines cannot take a fresh embedding at every step, so the loop is our own. It knows nothing
+#    about any method: each step it hands the logits to `choose` and feeds back the soft token that it gets. A soft
+#    token is K candidate ids with weights that sum to 1; an ordinary token is one id with weight 1.
 
 
 @dataclass
@@ -396,10 +419,9 @@ class Rollout:
         return steps < self.length[:, None]  # (N, T) bool
 
 
-def mix_embeddings(model, ids, weights):
-    """e = sum_k w_k E[id_k]: (…, K), (…, K) -> (…, D). Never holds the (…, K, D) tensor."""
-    table = model.get_input_embeddings().weight  # (V, D)
-    flat = F.embedding_bag(ids.flatten(0, -2), table, per_sample_weights=weights.flatten(0, -2).to(table.dtype), mode="sum")
+def mix_embeddings(table, ids, weights):
+    """e = sum_k w_k E[id_k]: table (V, D), ids and weights (…, K) -> (…, D). Never holds the (…, K, D) tensor."""
+    flat = F.embedding_bag(ids.flatten(0, -2), table, per_sample_weights=weights.flatten(0, -2), mode="sum")
     return flat.view(*ids.shape[:-1], -1)
 
 
@@ -417,7 +439,7 @@ def positions_of(mask):
 
 
 @torch.no_grad()
-def decode(model, prompts, group_size, max_new_tokens, choose, stop_ids, pad_id):
+def decode(lm, prompts, group_size, max_new_tokens, choose):
     """Sample group_size completions of every prompt with a KV cache.
 
     choose(logits (B, V) float32, t, rows (B,)) -> SoftToken: the method's decision at step t for the rows of the
@@ -425,17 +447,17 @@ def decode(model, prompts, group_size, max_new_tokens, choose, stop_ids, pad_id)
     and its cache shared out to the group; only the last position's logits are made; rows that have ended leave
     the batch. -> Rollout
     """
-    device = model.device
-    stop = torch.tensor(stop_ids, device=device)
+    device = lm.model.device
+    stop = torch.tensor(lm.stop_ids, device=device)
     total = len(prompts) * group_size
-    prompt_ids, mask = left_pad(prompts, pad_id, device)  # (P, L)
-    cache = DynamicCache(config=model.config)
+    prompt_ids, mask = left_pad(prompts, lm.pad_id, device)  # (P, L)
+    cache = DynamicCache(config=lm.model.config)
     tokens = []  # per step: (rows, SoftToken)
     length = torch.full((total,), max_new_tokens, device=device)
     stopped = torch.zeros(total, dtype=torch.bool, device=device)
 
     with autocast(device):
-        logits = model(
+        logits = lm.model(
             input_ids=prompt_ids, attention_mask=mask, position_ids=positions_of(mask),
             past_key_values=cache, use_cache=True, logits_to_keep=1,
         ).logits  # (P, 1, V)  # fmt: skip
@@ -458,11 +480,11 @@ def decode(model, prompts, group_size, max_new_tokens, choose, stop_ids, pad_id)
                 cache.batch_select_indices(running)
             position = mask.sum(-1, keepdim=True)  # (B, 1)
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
-            logits = model(
-                inputs_embeds=mix_embeddings(model, ids, weights)[:, None], attention_mask=mask, position_ids=position,
-                past_key_values=cache, use_cache=True, logits_to_keep=1,
+            logits = lm.model(
+                inputs_embeds=mix_embeddings(lm.table, ids, weights)[:, None], attention_mask=mask,
+                position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1,
             ).logits  # (B, 1, V)  # fmt: skip
-    return pack_rollout(prompts, group_size, tokens, length, stopped, pad_id)
+    return pack_rollout(prompts, group_size, tokens, length, stopped, lm.pad_id)
 
 
 def pack_rollout(prompts, group_size, tokens, length, stopped, pad_id):
@@ -480,23 +502,24 @@ def pack_rollout(prompts, group_size, tokens, length, stopped, pad_id):
     return Rollout(prompts, group_size, ids, weights, scores, length.clamp(max=len(tokens)), stopped)
 
 
-def replay_logits(model, rollout, rows, pad_id):
-    """The logits that decode() saw at every step of these rows, in one parallel pass with gradients. -> (B, T, V) float32
+def replay_logits(lm, rollout, rows):
+    """The logits that decode() saw at every step of rows (B,), in one parallel pass with gradients.
 
-    T is the longest of these rows. The executed embeddings are rebuilt from (ids, weights) inside the graph: the weights
-    are constants of the trajectory, the embedding table is a parameter like any other.
+    -> (B, T, V) float32, T the longest of these rows. The executed embeddings are rebuilt from (ids, weights) inside
+    the graph: the weights are constants of the trajectory, the embedding table is a parameter like any other.
     """
     rows = rows.tolist()
     steps = int(rollout.length[rows].max())
-    prompt_ids, prompt_mask = left_pad([rollout.prompts[n // rollout.group_size] for n in rows], pad_id, model.device)
+    prompts = [rollout.prompts[n // rollout.group_size] for n in rows]
+    prompt_ids, prompt_mask = left_pad(prompts, lm.pad_id, lm.model.device)  # (B, L)
     # The last step's own embedding is never an input: nothing follows it.
-    inputs = mix_embeddings(model, rollout.ids[rows, : steps - 1], rollout.weights[rows, : steps - 1])  # (B, T-1, D)
+    inputs = mix_embeddings(lm.table, rollout.ids[rows, : steps - 1], rollout.weights[rows, : steps - 1])  # (B, T-1, D)
     mask = torch.cat([prompt_mask, rollout.mask()[rows, : steps - 1].long()], 1)  # (B, L+T-1)
-    embeds = torch.cat([model.get_input_embeddings()(prompt_ids), inputs], 1)  # (B, L+T-1, D)
-    with autocast(model.device):
-        logits = model(
-            inputs_embeds=embeds, attention_mask=mask, position_ids=positions_of(mask), use_cache=False,
-            logits_to_keep=steps,
+    embeds = torch.cat([F.embedding(prompt_ids, lm.table), inputs], 1)  # (B, L+T-1, D)
+    with autocast(lm.model.device):
+        logits = lm.model(
+            inputs_embeds=embeds, attention_mask=mask, position_ids=positions_of(mask),
+            use_cache=False, logits_to_keep=steps,
         ).logits  # (B, T, V)  # fmt: skip
     return logits.float()
 
@@ -553,7 +576,7 @@ class RunLog:
 
 
 def write_atomically(path, write):
-    """write(temporary path), then rename: a reader, or a crash, sees the old file or the new one and nothing between."""
+    """write(temporary path), then rename: a reader, or a crash, finds the old file or the new one, nothing between."""
     tmp = Path(f"{path}.tmp")
     write(tmp)
     with open(tmp, "rb") as file:
@@ -562,7 +585,7 @@ def write_atomically(path, write):
 
 
 def save_checkpoint(path, model, optimizer, generator, state):
-    """All that a run is, in one safetensors file: weights, optimiser, RNG, and `state` (JSON: step, data position, …)."""
+    """All of a run in one safetensors file: weights, optimiser, RNG, and `state` (JSON: step, data position, …)."""
     tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}  # tied weights appear once
     for i, slots in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{name}": value for name, value in slots.items()}

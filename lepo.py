@@ -1,25 +1,25 @@
-r"""LEPO: latent-exploration policy optimisation (arXiv 2604.17892), end to end in one file.
+r"""LEPO, Latent Reasoning Policy Optimization (arXiv 2604.17892), end to end in one file.
 
-    python lepo.py                                       # the tiny model on a laptop CPU, about two minutes
+    python lepo.py                                       # the tiny model on a laptop CPU, about a minute
     python lepo.py --model Qwen2.5-0.5B --data gsm8k     # one GPU
     python lepo.py --latent_steps 0                      # the baseline: plain GRPO, exactly
 
 A language model usually thinks in words: at every step it commits to one token. LEPO lets it think its first
 `latent_steps` steps in *soft tokens*, random mixtures of token embeddings, and only then write. The mixtures come
-from a Gumbel-Softmax, so a group of rollouts of one prompt explores different latent thoughts; a verifier reads the
-written part; and one policy gradient, the same formula at latent and written steps, makes the better thoughts likelier.
+from a Gumbel-Softmax, so a group of rollouts of one prompt explores different latent thoughts; a verifier reads
+the written part; and one policy gradient, the same formula at latent and written steps, makes the better ones likelier.
 
 At step t the model has seen the prompt q and the embeddings e_<t, and gives logits a_t over the vocabulary.
 
-  (1)  C_t = top-k, then top-p of softmax(a_t / T);  l_k = log-probability of k in C_t, renormalised on C_t      support
-  (2)  z_t = softmax((l + g) / tau),  g_k ~ Gumbel(0, 1) iid                                                  soft token
-  (3)  e_t = sum_k z_tk E[k]                                                                       next input embedding
+  (1)  support:    C_t = top-k, then top-p of softmax(a_t / T);  l_k = log-probability of k, renormalised on C_t
+  (2)  soft token: z_t = softmax((l + g) / tau),  g_k ~ Gumbel(0, 1) iid
+  (3)  next input: e_t = sum_k z_tk E[k]
        A written step is the limit tau -> 0 of (2): z_t is one-hot at argmax(l + g), which is an exact draw from
        softmax(l) (the Gumbel-max trick), and e_t is that token's embedding.
-  (4)  A_i = (r_i - mean_group r) / (std_group r + 1e-4),  r_i = 1 if the verifier accepts the answer, else 0 advantage
-  (5)  L_t(theta) = sum_k z_tk log pi_theta(k | q, e_<t)                                    log-probability of a step
-  (6)  rho_t = exp(L_t(theta) - L_t(theta_old)),
-       J = 1/(all steps in the batch) sum_i sum_t min(rho_t A_i, clip(rho_t, 1-eps, 1+eps) A_i)  -  beta KL(pi_theta || pi_start)
+  (4)  advantage:  A_i = (r_i - mean_group r) / (std_group r + 1e-4),  r_i = 1 if the verifier accepts, else 0
+  (5)  log-probability of a step:  L_t(theta) = sum_k z_tk log pi_theta(k | q, e_<t)
+  (6)  objective:  rho_t = exp(L_t(theta) - L_t(theta_old)),
+       J = 1/(steps in the batch) sum_i sum_t min(rho_t A_i, clip(rho_t, 1-eps, 1+eps) A_i) - beta KL(pi, pi_start)
 
 (5) is the paper's unification: the executed mixture serves as a soft label. Its gradient with respect to the logits
 is A (z_t - pi_t), and with a one-hot z_t that is the policy gradient of an ordinary token, bit for bit.
@@ -31,13 +31,13 @@ concrete|gumbel`, are unbiased and pay about one unit of variance per candidate,
 proves each of these statements; `latent_log_prob` below is where to compare them line by line.
 
 Differences from the official code (github.com/YuyanZhou/lepo, a TRL 0.21 trainer), and why:
-  - What the verifier reads. There, the argmax of the clean scores stands in as the "token" of a latent step: it is parsed
-    with the answer and its EOS ends the rollout, although the model never saw it. Here the stand-in is the heaviest
-    candidate of the executed mixture, it can end a rollout, but the verifier reads written text only (`--verifier_reads
-    written`): reward then comes from what the model wrote after thinking. `all` restores the official reading.
+  - What the verifier reads. There, the argmax of the clean scores stands in as the "token" of a latent step: it is
+    parsed with the answer and its EOS ends the rollout, although the model never saw it. Here the stand-in is the
+    heaviest candidate of the executed mixture; it can end a rollout, but the verifier reads written text only:
+    reward comes from what the model wrote after thinking. `--verifier_reads all` adds the stand-ins (README has both).
   - The ratio in (6). There, latent steps have none, and with the released settings it is 1 everywhere: on-policy
-    REINFORCE. Here both kinds of step use (6), which is the same thing at the first update of a batch and clips the later
-    ones when `--updates_per_batch` > 1. At latent steps rho is a pseudo-ratio (geometric mean under z), not a true one.
+    REINFORCE. Here both kinds of step use (6), which is the same at the first update of a batch and clips the later
+    ones when `--updates_per_batch` > 1. At latent steps rho is a pseudo-ratio (a geometric mean under z), no true one.
   - Old and reference probabilities, where used, are computed from the executed embeddings; there, from the stand-ins.
   - Temperature: (5) uses a_t / T at all steps; there, raw logits at latent steps. Equal at the paper's T = 1.
   - Normaliser: one count of steps over the whole batch; there, a mean per rollout and then over rollouts, which
@@ -52,6 +52,7 @@ import copy
 import json
 import math
 import time
+from dataclasses import replace
 
 import torch
 from tqdm import tqdm
@@ -76,25 +77,26 @@ def operations(text):
 
 
 def build_parser():
-    p = common.Parser(description=__doc__.split("\n\n")[0], formatter_class=common.argparse.ArgumentDefaultsHelpFormatter)
+    p = common.Parser(description="LEPO and, with --latent_steps 0, GRPO. The file's first page explains both.")
     g = p.add_argument_group("model and data")
     g.add_argument("--model", default="tiny", help="tiny, a local folder, a hub id, or a bare Qwen name")
-    g.add_argument("--data", default="gsm8k", help="tiny, gsm8k, a .jsonl file, or a folder with train.jsonl and test.jsonl")
+    g.add_argument("--data", default="gsm8k", help="tiny, gsm8k, a .jsonl file, or a folder with train and test.jsonl")
     g.add_argument("--eval_data", help="as --data, or math500 [default: the test split of --data]")
     g.add_argument("--ops", type=operations, default=[2, 5], help="built-in task: operations per chain, low-high")
-    g.add_argument("--kind", default="mixed", choices=["mixed", "plus", "minus", "single"], help="built-in task: signs")
+    g.add_argument("--kind", default="mixed", choices=["mixed", "plus", "minus", "single"],
+                   help="built-in task: signs in a chain")  # fmt: skip
     g.add_argument("--max_prompt_tokens", type=int, default=512, help="problems with longer prompts are passed over")
     g = p.add_argument_group("latent tokens")
     g.add_argument("--latent_steps", type=int, default=64, help="soft tokens before the written ones; 0 is plain GRPO")
-    g.add_argument("--tau", type=float, default=0.3, help="Gumbel-Softmax temperature in (2); .3-.6 works in the paper, "
-                   "smaller is nearer to discrete tokens; strength of the other kinds of noise")  # fmt: skip
+    g.add_argument("--tau", type=float, default=0.3, help="Gumbel-Softmax temperature in (2), .3 to .6 in the paper; "
+                   "smaller is nearer to discrete tokens; the strength of other noise")  # fmt: skip
     g.add_argument("--noise", default="gumbel", choices=["gumbel", "gaussian", "dirichlet", "multinomial", "none"],
                    help="what makes latent steps random")  # fmt: skip
     g.add_argument("--draws", type=int, default=3, help="tokens averaged by --noise multinomial")
     g.add_argument("--estimator", default="soft", choices=["soft", "hard", "concrete", "gumbel"],
                    help="log-probability of a latent step: (5), its argmax token, or an exact density")  # fmt: skip
     g.add_argument("--verifier_reads", default="written", choices=["written", "all"],
-                   help="all: the heaviest candidates of the latent steps are part of the text that is judged")  # fmt: skip
+                   help="all: the heaviest candidates of latent steps belong to the text that is judged")  # fmt: skip
     g.add_argument("--temperature", type=float, default=1.0, help="T in (1)")
     g.add_argument("--top_k", type=int, default=30, help="candidates kept in (1); 0 keeps the vocabulary")
     g.add_argument("--top_p", type=float, default=0.95, help="probability mass kept in (1)")
@@ -103,7 +105,7 @@ def build_parser():
     g.add_argument("--prompts_per_step", type=int, default=32, help="P (paper: 128)")
     g.add_argument("--group_size", type=int, default=8, help="G, rollouts per prompt")
     g.add_argument("--max_new_tokens", type=int, default=512, help="cap on steps, latent ones included (paper: 2048)")
-    g.add_argument("--updates_per_batch", type=int, default=1, help="passes over a batch; above 1, clipping matters")
+    g.add_argument("--updates_per_batch", type=int, default=1, help="passes over a batch; above 1, clipping acts")
     g.add_argument("--clip", type=float, default=0.2, help="eps in (6)")
     g.add_argument("--kl_coef", type=float, default=0.0, help="beta in (6); above 0 keeps a second model in memory")
     g.add_argument("--lr", type=float, default=1e-6, help="peak learning rate of AdamW; cosine decay to 0")
@@ -115,11 +117,12 @@ def build_parser():
     g = p.add_argument_group("evaluation and run")
     g.add_argument("--eval_problems", type=int, default=256, help="held-out problems; s.e. is 3 points at 256")
     g.add_argument("--eval_samples", type=int, default=8, help="samples per problem, k of pass@k")
-    g.add_argument("--eval_every", type=int, default=20, help="steps between noise-free evaluations; 0: only at the ends")
+    g.add_argument("--eval_every", type=int, default=20, help="steps between noise-free evaluations; 0: none between")
     g.add_argument("--show_every", type=int, default=10, help="steps between printed rollouts; 0: none")
     g.add_argument("--save_every", type=int, default=20, help="steps between checkpoints; Ctrl-C and SIGTERM save too")
     g.add_argument("--seed", type=int, default=0, help="of noise and training problems")
-    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"],
+                   help="cuda computes in bfloat16 with float32 weights, cpu in float32")  # fmt: skip
     g.add_argument("--out", help="run folder [default: a new one under runs/]")
     g.add_argument("--resume", metavar="FOLDER", help="continue a run; flags given beside it replace the saved ones")
     return p
@@ -128,24 +131,26 @@ def build_parser():
 def parse_args(argv=None):
     """-> (args, state of the checkpoint to resume or None). Raises UserError on values that cannot work."""
     parser = build_parser()
-    for action in parser._actions:
-        if action.dest in TINY:
-            action.help += f"; tiny: {TINY[action.dest]}"
+    for action in parser._actions:  # every default belongs into --help, the tiny model's too
+        if action.default not in (None, False, "==SUPPRESS=="):
+            action.help += f" [{action.default}{f'; tiny: {TINY[action.dest]}' if action.dest in TINY else ''}]"
     first, _ = parser.parse_known_args(argv)
     state = common.read_checkpoint_state(f"{first.resume}/checkpoint.safetensors") if first.resume else None
     parser.set_defaults(**(state["args"] if state else TINY if first.model == "tiny" else {}))
     args = parser.parse_args(argv)
+    at_least_1 = ["prompts_per_step", "micro_batch", "updates_per_batch", "draws", "eval_samples", "eval_problems"]
+    not_negative = ["steps", "latent_steps", "top_k", "clip", "lr", "kl_coef", "warmup", "show_every", "save_every"]
     checks = [
+        *((getattr(args, name) >= 1, f"--{name} must be at least 1") for name in at_least_1),
+        *((getattr(args, name) >= 0, f"--{name} cannot be negative") for name in not_negative),
         (args.group_size >= 2, "--group_size must be at least 2: an advantage compares rollouts"),
-        (0 <= args.latent_steps < args.max_new_tokens, "--latent_steps must be 0 or more and leave --max_new_tokens room to write"),
-        (args.tau > 0 and args.temperature > 0, "--tau and --temperature must be above 0 (for greedy decoding see `greedy` in the result)"),
-        (0 < args.top_p <= 1 and args.top_k >= 0, "--top_p must be in (0, 1] and --top_k 0 or more"),
-        (args.noise == "gumbel" or args.estimator in ("soft", "hard"), f"--estimator {args.estimator} is the density of Gumbel noise: use --noise gumbel"),
-        (min(args.prompts_per_step, args.micro_batch, args.updates_per_batch, args.draws, args.eval_samples, args.eval_problems) >= 1,
-         "--prompts_per_step, --micro_batch, --updates_per_batch, --draws, --eval_samples and --eval_problems must be at least 1"),
-        (min(args.steps, args.lr, args.kl_coef, args.warmup) >= 0, "--steps, --lr, --kl_coef and --warmup cannot be negative"),
-        (1 <= args.ops[0] <= args.ops[-1] <= 8, "--ops must be low-high between 1 and 8, such as 2-5"),
-        (args.device != "cuda" or torch.cuda.is_available(), "--device cuda: no GPU found; use --device cpu"),
+        (args.latent_steps < args.max_new_tokens, "--latent_steps must leave --max_new_tokens room to write"),
+        (args.tau > 0 and args.temperature > 0, "--tau and --temperature must be above 0"),
+        (0 < args.top_p <= 1, "--top_p must be in (0, 1]"),
+        (args.noise == "gumbel" or args.estimator in ("soft", "hard"),
+         f"--estimator {args.estimator} is the density of Gumbel noise: it needs --noise gumbel"),
+        (1 <= args.ops[0] <= args.ops[1] <= 8, "--ops must be low-high between 1 and 8, such as 2-5"),
+        (args.device == "cpu" or torch.cuda.is_available(), "--device cuda: no GPU found; use --device cpu"),
     ]  # fmt: skip
     for fine, message in checks:
         if not fine:
@@ -176,7 +181,7 @@ def latent_token(ids, log_probs, gumbel, generator, args):
     """Equation (2), or another kind of noise: candidates (B, K) -> SoftToken. `gumbel` None: the noise-free mixture.
 
     gaussian: normal noise on the log-probabilities, std = tau x their rms.  dirichlet: z ~ Dirichlet(tau x probs).
-    multinomial: z = token counts of `draws` draws / draws; with it (5) is exactly unbiased (times `draws`).
+    multinomial: z = token counts of `draws` draws / draws; with it (5) times `draws` is exactly unbiased.
     """
     probs = log_probs.exp()  # (B, K)
     if args.noise in ("gumbel", "none"):
@@ -190,11 +195,13 @@ def latent_token(ids, log_probs, gumbel, generator, args):
         scores = log_probs + args.tau * rms * torch.randn(probs.shape, generator=generator, device=probs.device)
         return SoftToken(ids, scores.softmax(-1), scores)
     if args.noise == "dirichlet":
+        # A Dirichlet draw is a normalised Gamma draw; torch's distribution classes would not take our generator.
         gamma = torch._standard_gamma(args.tau * probs, generator=generator).clamp(min=1e-30) * (probs > 0)
         weights = gamma / gamma.sum(-1, keepdim=True)
     else:
         draws = probs.multinomial(args.draws, replacement=True, generator=generator)  # (B, draws)
-        weights = torch.zeros_like(probs).scatter_add_(-1, draws, torch.full_like(draws, 1 / args.draws, dtype=probs.dtype))
+        share = torch.full_like(draws, 1 / args.draws, dtype=probs.dtype)
+        weights = torch.zeros_like(probs).scatter_add_(-1, draws, share)  # (B, K)
     return SoftToken(ids, weights, weights.log())
 
 
@@ -210,7 +217,7 @@ def written_token(ids, log_probs, gumbel):
 #    live in common.decode, which asks the function below for each step's token.
 
 
-def rollout(model, prompts, group_size, args, stop_ids, pad_id, generator, latent_steps=None, noisy=True):
+def rollout(lm, prompts, group_size, args, generator, latent_steps=None, noisy=True):
     """group_size trajectories for each of P prompts -> common.Rollout with N = P * group_size rows."""
     latent_steps = args.latent_steps if latent_steps is None else latent_steps
     total = len(prompts) * group_size
@@ -223,7 +230,7 @@ def rollout(model, prompts, group_size, args, stop_ids, pad_id, generator, laten
             return latent_token(ids, log_probs, gumbel, generator, args)
         return written_token(ids, log_probs, gumbel)
 
-    return common.decode(model, prompts, group_size, args.max_new_tokens, choose, stop_ids, pad_id)
+    return common.decode(lm, prompts, group_size, args.max_new_tokens, choose)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -231,12 +238,13 @@ def rollout(model, prompts, group_size, args, stop_ids, pad_id, generator, laten
 #    prompt, so a prompt that all or none of them solve teaches nothing (advantage exactly 0).
 
 
-def texts_of(tokenizer, roll, args, latent_steps=None):
+def texts_of(lm, roll, args, latent_steps=None):
     """The text of each rollout that the verifier reads -> list of N str."""
     latent_steps = args.latent_steps if latent_steps is None else latent_steps
     first = 0 if args.verifier_reads == "all" else latent_steps
     ids, lengths = roll.heaviest().tolist(), roll.length.tolist()
-    return tokenizer.batch_decode([row[first:n] for row, n in zip(ids, lengths, strict=True)], skip_special_tokens=True)
+    texts = [row[first:n] for row, n in zip(ids, lengths, strict=True)]
+    return lm.tokenizer.batch_decode(texts, skip_special_tokens=True)
 
 
 def score(texts, problems, group_size):
@@ -257,7 +265,7 @@ def group_advantages(rewards):
 def latent_log_prob(log_p, weights, scores, estimator, tau):
     """Log-probability of executed mixtures under the current policy. All (…, K) -> (…).
 
-    log_p: log pi_theta of the candidates; weights: z; scores: l + g at rollout time, -inf off the support (m candidates).
+    log_p: log pi_theta of the candidates; weights: z; scores: l + g at rollout time, -inf off the support of size m.
     Gradient with respect to the logits, w = softmax(l - tau log z) and u = exp(-(scores - l)):
       soft      z - pi                  the paper; biased for tau > 0, least variance
       hard      onehot(argmax z) - pi   zero mean; ignores that the mixture is soft
@@ -282,9 +290,9 @@ def latent_log_prob(log_p, weights, scores, estimator, tau):
     return constant + ((log_p - (tau + 1) * log_z) * inside).sum(-1) - m * pull
 
 
-def trajectory_log_probs(model, roll, rows, args, pad_id):
+def trajectory_log_probs(lm, roll, rows, args):
     """Replay rows (B,) -> (log_probs (B, T), logits / temperature (B, T, V)); T is the longest of these rows."""
-    logits = common.replay_logits(model, roll, rows, pad_id) / args.temperature  # (B, T, V)
+    logits = common.replay_logits(lm, roll, rows) / args.temperature  # (B, T, V)
     steps = logits.shape[1]
     ids, weights, scores = roll.ids[rows, :steps], roll.weights[rows, :steps], roll.scores[rows, :steps]  # (B, T, K)
     log_p = logits.gather(-1, ids) - logits.logsumexp(-1, keepdim=True)  # (B, T, K)
@@ -301,7 +309,7 @@ def trajectory_log_probs(model, roll, rows, args, pad_id):
 
 
 def surrogate(log_probs, old_log_probs, advantages, clip):
-    """The summand of (6) and where clipping took effect. log_probs, old_log_probs (B, T), advantages (B, 1) -> (B, T) both."""
+    """The summand of (6) and where clipping acts: log_probs, old_log_probs (B, T), advantages (B, 1) -> (B, T) twice"""
     # Bounded before exp: an overflow would turn into inf * 0 = NaN in the masked sum.
     ratio = (log_probs - old_log_probs).clamp(-10, 10).exp()
     plain, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
@@ -314,8 +322,9 @@ def exact_kl(logits, start_logits):
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-def update(model, start_model, optimizer, roll, advantages, args, pad_id):
-    """`updates_per_batch` optimiser steps on one batch; advantages (N,). -> dict of metrics.
+def update(lm, start, optimizer, roll, advantages, args):
+    """`updates_per_batch` optimiser steps on one batch; advantages (N,); `start` is the KL's reference. -> metrics
+
 
     Rows with advantage 0 have gradient 0 and are left out of the arithmetic (not of the normaliser), unless a KL term
     needs them. Raises UserError, before the weights are touched, when the gradient is not finite.
@@ -327,31 +336,31 @@ def update(model, start_model, optimizer, roll, advantages, args, pad_id):
     rows = rows[roll.length.cpu()[rows].argsort(stable=True)]
     mask = roll.mask()  # (N, T)
     old, sums = {}, dict.fromkeys(("clipped", "kl", "surprise"), 0.0)
-    model.train(args.gradient_checkpointing)  # transformers checkpoints only in train mode; dropout is zeroed in main
+    lm.model.train(args.gradient_checkpointing)  # transformers checkpoints in train mode only; dropout is 0
     for _ in range(args.updates_per_batch):
         optimizer.zero_grad()
         for micro in rows.split(args.micro_batch):
-            log_probs, logits = trajectory_log_probs(model, roll, micro, args, pad_id)  # (B, T), (B, T, V)
+            log_probs, logits = trajectory_log_probs(lm, roll, micro, args)  # (B, T), (B, T, V)
             valid = mask[micro, : log_probs.shape[1]]  # (B, T)
             previous = old.setdefault(int(micro[0]), log_probs.detach())  # first pass: theta_old = theta
             gain, clipped = surrogate(log_probs, previous, advantages[micro, None], args.clip)  # (B, T)
             loss = -(gain * valid).sum() / normaliser
             if args.kl_coef:
                 with torch.no_grad():
-                    _, start_logits = trajectory_log_probs(start_model, roll, micro, args, pad_id)
+                    _, start_logits = trajectory_log_probs(start, roll, micro, args)
                 kl = (exact_kl(logits, start_logits) * valid).sum() / normaliser
                 loss = loss + args.kl_coef * kl
                 sums["kl"] += kl.item()
             loss.backward()
             sums["clipped"] += (clipped & valid).sum().item()
             sums["surprise"] -= (log_probs.detach() * valid)[:, args.latent_steps :].sum().item()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip).item()
+        grad_norm = torch.nn.utils.clip_grad_norm_(lm.model.parameters(), args.grad_clip).item()
         if not math.isfinite(grad_norm):
-            model.eval()
+            lm.model.eval()
             raise UserError("the gradient is not finite; the weights from before this step are saved: "
                             "resume with a lower --lr")  # fmt: skip
         optimizer.step()
-    model.eval()
+    lm.model.eval()
     passes, used = args.updates_per_batch, mask[rows]
     return {
         "grad_norm": grad_norm,
@@ -366,7 +375,7 @@ def update(model, start_model, optimizer, roll, advantages, args, pad_id):
 #    noise-free pass@1, sampled pass@1 and pass@k, and noise-free with the latent steps switched off.
 
 
-def evaluate(model, tokenizer, held_out, args, stop_ids, pad_id, full):
+def evaluate(lm, held_out, args, full):
     """held_out: (problems, prompts). `full` adds the sampled scores and the run without latents. -> dict"""
     problems, prompts = held_out
     generator = torch.Generator(args.device).manual_seed(12345)
@@ -374,31 +383,34 @@ def evaluate(model, tokenizer, held_out, args, stop_ids, pad_id, full):
     def run(name, group_size, latent_steps, noisy):
         size, parts = max(1, args.prompts_per_step * args.group_size // group_size), []
         for i in tqdm(range(0, len(prompts), size), desc=f"evaluating: {name}", leave=False, disable=None):
-            roll = rollout(model, prompts[i : i + size], group_size, args, stop_ids, pad_id, generator, latent_steps, noisy)
-            scores = score(texts_of(tokenizer, roll, args, latent_steps), problems[i : i + size], group_size)
-            parts.append((scores, roll.length.cpu().float().view(1, -1, group_size)))
-        return torch.cat([torch.cat(part) for part in parts], 1)  # (strict | flexible | length, P, G)
+            roll = rollout(lm, prompts[i : i + size], group_size, args, generator, latent_steps, noisy)
+            scores = score(texts_of(lm, roll, args, latent_steps), problems[i : i + size], group_size)  # (2, P, G)
+            parts.append(torch.cat([scores, roll.length.cpu().float().view(1, -1, group_size)]))
+        return torch.cat(parts, 1)  # (strict | flexible | length, P, G)
 
-    greedy = run("noise-free", 1, args.latent_steps, False).mean((1, 2)).tolist()
-    result = {"greedy": greedy[0], "greedy_flexible": greedy[1], "length": greedy[2]}
+    greedy, flexible, length = run("noise-free", 1, args.latent_steps, False).mean((1, 2)).tolist()
+    result = {"greedy": greedy, "greedy_flexible": flexible, "length": length}
     if full:
         k = args.eval_samples
         sampled = run("sampled", k, args.latent_steps, True)  # (3, P, k)
         counts = sampled[0].sum(1).int().tolist()
         result |= {"sampled": sampled[0].mean().item(), "sampled_flexible": sampled[1].mean().item()}
         result[f"pass@{k}"] = sum(common.pass_at_k(k, c, k) for c in counts) / len(counts)
-        result["greedy_no_latents"] = run("latents off", 1, 0, False)[0].mean().item() if args.latent_steps else greedy[0]
+        off = run("latents off", 1, 0, False)[0].mean().item() if args.latent_steps else greedy
+        result["greedy_no_latents"] = off
     return result
 
 
-def describe(tokenizer, roll, n, problem, text, reward, latent_steps):
+def describe(lm, roll, n, problem, text, reward, latent_steps):
     """A rollout that a person can read: each latent token as its heaviest candidates with their weights. -> str"""
     lines = [f"    {problem.question}"]
     for t in range(min(latent_steps, int(roll.length[n]))):
-        weights, order = roll.weights[n, t].sort(descending=True)  # (K,)
-        parts = [f"{tokenizer.decode([i])!r} {w:.2f}" for i, w in zip(roll.ids[n, t, order].tolist()[:4], weights.tolist(), strict=False) if w >= 0.005]
-        lines.append(f"    latent {t + 1:2d}  {'  '.join(parts)}")
-    return "\n".join([*lines, f"    text       {text.strip()!r}", f"    reward {reward:.0f}, the answer is {problem.answer}"])
+        pairs = sorted(zip(roll.weights[n, t].tolist(), roll.ids[n, t].tolist(), strict=True), reverse=True)[:4]
+        candidates = "  ".join(f"{lm.tokenizer.decode([i])!r} {w:.2f}" for w, i in pairs if w >= 0.005)
+        lines.append(f"    latent {t + 1:2d}  {candidates}")
+    lines.append(f"    text       {text.strip()!r}")
+    lines.append(f"    reward {reward:.0f}, the answer is {problem.answer}")
+    return "\n".join(lines)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -413,18 +425,20 @@ def learning_rate(step, args):
     return args.lr * 0.5 * (1 + math.cos(math.pi * (step - args.warmup) / max(1, args.steps - args.warmup)))
 
 
-def train_step(model, start_model, tokenizer, optimizer, stream, state, args, stop_ids, generator):
-    """One round of sections 4 to 7 -> (log row, timing row, a readable sample)."""
-    began, step, pad_id = time.time(), state["step"], tokenizer.pad_token_id
-    problems, prompts, position = common.take(stream, state["position"], args.prompts_per_step, tokenizer, args.max_prompt_tokens)
-    roll = rollout(model, prompts, args.group_size, args, stop_ids, pad_id, generator)
-    texts = texts_of(tokenizer, roll, args)
+def train_step(lm, start, optimizer, stream, state, args, generator):
+    """One round of sections 4 to 7 -> (log row, timing row, a readable sample); advances `state`."""
+    began, step = time.time(), state["step"]
+    problems, prompts, position = common.take(
+        stream, state["position"], args.prompts_per_step, lm.tokenizer, args.max_prompt_tokens
+    )
+    roll = rollout(lm, prompts, args.group_size, args, generator)
+    texts = texts_of(lm, roll, args)
     strict, flexible = score(texts, problems, args.group_size)  # (P, G) each
     advantages = group_advantages(strict).flatten().to(args.device)  # (N,)
     rolled = time.time()
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, args)
-    metrics = update(model, start_model, optimizer, roll, advantages, args, pad_id)
+    metrics = update(lm, start, optimizer, roll, advantages, args)
     state |= {"step": step + 1, "position": position}
     latent = roll.weights[:, : args.latent_steps][roll.mask()[:, : args.latent_steps]]  # (latent steps executed, K)
     row = {
@@ -438,19 +452,21 @@ def train_step(model, start_model, tokenizer, optimizer, stream, state, args, st
         "lr": learning_rate(step, args),
         **metrics,
     }
-    seconds = time.time() - began
-    timing = {"step": step, "seconds": seconds, "rollout_seconds": rolled - began,
-              "tokens_per_second": roll.length.sum().item() / (rolled - began)}  # fmt: skip
-    sample = describe(tokenizer, roll, 0, problems[0], texts[0], strict[0, 0].item(), args.latent_steps)
-    return row, timing, sample
+    timing = {
+        "step": step,
+        "seconds": time.time() - began,
+        "rollout_seconds": rolled - began,
+        "tokens_per_second": roll.length.sum().item() / (rolled - began),
+    }
+    return row, timing, describe(lm, roll, 0, problems[0], texts[0], strict[0, 0].item(), args.latent_steps)
 
 
-def train(model, start_model, tokenizer, optimizer, stream, held_out, state, args, stop_ids, generator, folder):
+def train(lm, start, optimizer, stream, held_out, state, args, generator, folder):
     """Steps until the last one or an interrupt. -> True when all steps are done."""
-    log, pad_id = common.RunLog(folder, state["step"]), tokenizer.pad_token_id
+    log = common.RunLog(folder, state["step"])
 
     def save():
-        common.save_checkpoint(folder / "checkpoint.safetensors", model, optimizer, generator, state)
+        common.save_checkpoint(folder / "checkpoint.safetensors", lm.model, optimizer, generator, state)
 
     bar = tqdm(total=args.steps, initial=state["step"], desc="training", unit="step", disable=None)
     with common.StopSignal() as stop, bar:
@@ -459,22 +475,23 @@ def train(model, start_model, tokenizer, optimizer, stream, held_out, state, arg
         while state["step"] < args.steps and not stop.requested:
             dice = generator.get_state()
             try:
-                row, timing, sample = train_step(model, start_model, tokenizer, optimizer, stream, state, args, stop_ids, generator)
-            except (UserError, torch.OutOfMemoryError):
-                generator.set_state(dice)  # the failed step has changed nothing else
-                save()
+                row, timing, sample = train_step(lm, start, optimizer, stream, state, args, generator)
+            except (UserError, RuntimeError, MemoryError) as error:
+                if isinstance(error, UserError) or common.is_out_of_memory(error):
+                    generator.set_state(dice)  # the failed step has changed nothing else
+                    save()
                 raise
             done = state["step"]
             if args.eval_every and done % args.eval_every == 0 and done < args.steps:
-                row |= evaluate(model, tokenizer, held_out, args, stop_ids, pad_id, full=False) | {"length": row["length"]}
+                row["greedy"] = evaluate(lm, held_out, args, full=False)["greedy"]
             log.write(row, timing)
             if args.show_every and row["step"] % args.show_every == 0:
                 tqdm.write(sample)
-            accuracy = f"  greedy {row['greedy']:.3f}" if "greedy" in row else ""
             tqdm.write(
-                f"step {row['step']:4d}  reward {row['reward']:.3f}  flexible {row['flexible']:.3f}  length {row['length']:5.1f}  "
-                f"zero-adv {row['zero_advantage']:.2f}  eff-k {row['effective_k']:.2f}  grad {row['grad_norm']:.3f}  "
-                f"{timing['seconds']:.2f} s{accuracy}"
+                f"step {row['step']:4d}  reward {row['reward']:.3f}  flexible {row['flexible']:.3f}"
+                f"  length {row['length']:5.1f}  zero-adv {row['zero_advantage']:.2f}  eff-k {row['effective_k']:.2f}"
+                f"  grad {row['grad_norm']:.3f}  {timing['seconds']:.2f} s"
+                + (f"  greedy {row['greedy']:.3f}" if "greedy" in row else "")
             )
             bar.update()
             if args.save_every and done % args.save_every == 0 or done == args.steps or stop.requested:
@@ -485,47 +502,46 @@ def train(model, start_model, tokenizer, optimizer, stream, held_out, state, arg
 def main(argv=None):
     args, state = parse_args(argv)
     began = time.time()
-    torch.manual_seed(args.seed)
-    model, tokenizer, stop_ids = common.load_model(args.model, args.device)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0  # a replay must equal its rollout
+    lm = common.load_model(args.model, args.device)
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    start_model = copy.deepcopy(model).requires_grad_(False) if args.kl_coef else None
+        lm.model.gradient_checkpointing_enable()
+    start = replace(lm, model=copy.deepcopy(lm.model).requires_grad_(False)) if args.kl_coef else None
     generator = torch.Generator(args.device).manual_seed(args.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay)
-
+    optimizer = torch.optim.AdamW(
+        lm.model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay
+    )
     stream = common.load_problems(args.data, "train", args.seed, tuple(args.ops), args.kind) if args.steps else None
     test = common.load_problems(args.eval_data or args.data, "test", 0, tuple(args.ops), args.kind)
     count = min(args.eval_problems, test.size or args.eval_problems)
-    held_out = common.take(test, 0, count, tokenizer, args.max_prompt_tokens)[:2]
+    held_out = common.take(test, 0, count, lm.tokenizer, args.max_prompt_tokens)[:2]
 
     method = "lepo" if args.latent_steps else "grpo"
     name = f"{method}-{common.Path(args.model).name}-seed{args.seed}"
     folder = common.Path(args.resume) if args.resume else common.open_run(args.out, name)
-    print(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters on {args.device}; run folder {folder}")
+    size = sum(p.numel() for p in lm.model.parameters())
+    print(f"{args.model}: {size:,} parameters on {args.device}; run folder {folder}")
     if state:
-        common.load_checkpoint(folder / "checkpoint.safetensors", model, optimizer, generator)
+        common.load_checkpoint(folder / "checkpoint.safetensors", lm.model, optimizer, generator)
         print(f"resuming at step {state['step']} of {args.steps}")
     else:
-        before = evaluate(model, tokenizer, held_out, args, stop_ids, tokenizer.pad_token_id, full=True)
-        print("before  " + "  ".join(f"{key} {value:.3f}" for key, value in before.items()))
-        state = {"step": 0, "position": 0, "before": before}
+        state = {"step": 0, "position": 0, "before": evaluate(lm, held_out, args, full=True)}
+        print("before  " + "  ".join(f"{key} {value:.3f}" for key, value in state["before"].items()))
     state["args"] = vars(args) | {"resume": None, "out": None}
 
-    if not train(model, start_model, tokenizer, optimizer, stream, held_out, state, args, stop_ids, generator, folder):
+    if not train(lm, start, optimizer, stream, held_out, state, args, generator, folder):
         print(f"stopped at step {state['step']}; continue with: python lepo.py --resume {folder}")
         return 130
-    after = evaluate(model, tokenizer, held_out, args, stop_ids, tokenizer.pad_token_id, full=True) if args.steps else state["before"]
+    after = evaluate(lm, held_out, args, full=True) if args.steps else state["before"]
     print("after   " + "  ".join(f"{key} {value:.3f}" for key, value in after.items()))
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    result = {"method": method, "model": args.model, "seed": args.seed, "steps": args.steps, "seconds": time.time() - began}
-    result |= {f"{key}_before": value for key, value in state["before"].items()} | after
+    lm.model.save_pretrained(folder / "model")
+    lm.tokenizer.save_pretrained(folder / "model")
+    result = {"method": method, "model": args.model, "seed": args.seed, "steps": args.steps}
+    result |= {"seconds": time.time() - began} | after
+    result |= {f"{key}_before": value for key, value in state["before"].items()}
     line = json.dumps({key: round(value, 4) if isinstance(value, float) else value for key, value in result.items()})
     (folder / "result.json").write_text(line + "\n")
     print(line)
+    return 0
 
 
 if __name__ == "__main__":

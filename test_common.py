@@ -45,7 +45,7 @@ def test_last_boxed():
 
 
 @pytest.mark.parametrize("text, strict, flexible", [
-    (r"It is \boxed{1,234}.", 1, 1), (r"\boxed{\$1234.00}", 1, 1), ("The answer is 1234.", 0, 1), ("It costs $1,234.", 0, 1),
+    (r"It is \boxed{1,234}.", 1, 1), (r"\boxed{\$1234.00}", 1, 1), ("The answer is 1234.", 0, 1), ("$1,234.", 0, 1),
     (r"1234, no: \boxed{12}", 0, 0), ("", 0, 0), (r"\boxed{}", 0, 0), ("1234 and 5", 0, 0),
 ])  # fmt: skip
 def test_strict_and_flexible_scores(text, strict, flexible):
@@ -69,7 +69,10 @@ def test_formulas_are_judged_by_math_verify():
     assert not common.answers_equal(r"\frac{", "1")
 
 
-@pytest.mark.parametrize("bomb", ["9^{9^{9^{9^9}}}", "{" * 150, "(" * 199, r"\sqrt" * 39, "10!!!!!!!!", "__import__('os').abort()"])
+BOMBS = ["9^{9^{9^{9^9}}}", "{" * 150, "(" * 199, r"\sqrt" * 39, "10!!!!!!!!", "__import__('os').abort()"]
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
 def test_no_answer_can_hang_or_run_anything(bomb, monkeypatch):
     pytest.importorskip("math_verify")
     monkeypatch.setattr(common.judge, "seconds", 1)
@@ -87,15 +90,17 @@ def test_rows():
     assert common.parse_row({"question": " q ", "answer": "so\n#### 1,000"}, "x") == Problem("q", "1,000")
     assert common.parse_row({"problem": "q", "answer": r"\pi", "solution": "…"}, "x") == Problem("q", r"\pi")
     assert common.parse_row({"question": "q", "answer": 4}, "x").answer == "4"
-    for row in [{}, [], "text", {"question": "q"}, {"question": "q", "answer": None}, {"question": "q", "answer": ""},
-                {"question": "", "answer": "1"}, {"question": "q", "answer": "two\nlines"}, {"question": "q", "answer": True}]:  # fmt: skip
+    answers = [{"question": "q", "answer": answer} for answer in (None, "", "two\nlines", True, ["1"])]
+    for row in [{}, [], "text", {"question": "q"}, {"question": "", "answer": "1"}, *answers]:
         with pytest.raises(UserError, match="here:7"):
             common.parse_row(row, "here:7")
 
 
 def test_malformed_files_name_the_line(tmp_path):
     path = tmp_path / "rows.jsonl"
-    for content, message in [('{"question": "q", "answer": "1"}\n\n{oops', "rows.jsonl:3: not JSON"), ("", "holds no problems"), ("[1]", "rows.jsonl:1")]:
+    good = '{"question": "q", "answer": "1"}'
+    cases = {f"{good}\n\n{{oops": "rows.jsonl:3: not JSON", "": "holds no problems", "[1]": "rows.jsonl:1"}
+    for content, message in cases.items():
         path.write_text(content)
         with pytest.raises(UserError, match=message):
             common.read_jsonl(path)
@@ -149,7 +154,8 @@ def test_prompts_use_the_chat_template_and_long_ones_are_passed_over():
 @needs_tokenizer
 def test_stop_ids_of_qwen_unite_what_config_and_tokenizer_say():
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "tokenizers/qwen2.5")
-    model = SimpleNamespace(config=SimpleNamespace(eos_token_id=151643), generation_config=SimpleNamespace(eos_token_id=[151643]))
+    one, several = SimpleNamespace(eos_token_id=151643), SimpleNamespace(eos_token_id=[151643])
+    model = SimpleNamespace(config=one, generation_config=several)
     tokenizer.eos_token = "<|im_end|>"
     assert common.find_stop_ids(model, tokenizer) == [151643, 151645]
 
@@ -238,7 +244,7 @@ def test_problems_are_what_was_asked_for(kind):
     for i in range(300):
         start, steps = tiny.make_problem(i, "train", ops=(3, 4), kind=kind)
         signs = {sign for sign, _ in steps}
-        assert len(steps) in (3, 4) and signs <= {"mixed": {"+", "-"}, "plus": {"+"}, "minus": {"-"}, "single": {"+", "-"}}[kind]
+        assert len(steps) in (3, 4) and signs <= {"plus": {"+"}, "minus": {"-"}}.get(kind, {"+", "-"})
         assert kind != "single" or len(signs) == 1
         assert tiny.true_answer(start, steps) == sum(d if s == "+" else -d for s, d in steps) + start
         assert 0 <= tiny.true_answer(start, steps) <= tiny.LARGEST

@@ -155,8 +155,8 @@ def pretraining_example(rng, ops=(2, 5)):
 
 
 def build_tokenizer():
-    """A token per word. AutoTokenizer insists on the byte-level Qwen2Tokenizer for a Qwen2 model, which would cut numbers
-    into digits; as added tokens the words are matched whole before it gets to that."""
+    """A token per word. AutoTokenizer insists on the byte-level Qwen2Tokenizer for a Qwen2 model, which would cut
+    numbers into digits; as added tokens the words are matched whole before it gets to that."""
     from tokenizers import AddedToken
     from transformers import Qwen2Tokenizer
 
@@ -232,8 +232,8 @@ def pretrain(model, tokenizer, steps, batch_size, lr, seed):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 4. What it can do: noise-free accuracy by kind of problem and note. The three numbers that matter to the three methods:
-#    mixed without a note (near .5), single with the right note (near 1), single without a note (near 0).
+# 4. What it can do: noise-free accuracy by kind of problem and note. The numbers that matter to the three methods: mixed
+#    without a note (near .5), single with the right note (near 1), single without a note (near 0).
 
 
 @torch.no_grad()
