@@ -8,7 +8,9 @@ Shapes: P prompts, G rollouts a prompt, N = P * G, B rows, T steps, K candidates
 """
 
 import argparse
+import atexit
 import contextlib
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -51,7 +53,7 @@ def run_main(main):
     """Run a script's main(); turn user errors into one line and exit code 2, an interrupt into exit code 130."""
     try:
         code = main()
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: a full disk, a folder without permission
         print(f"error: {error}", file=sys.stderr)
         code = 2
     except (RuntimeError, MemoryError) as error:
@@ -139,7 +141,7 @@ def parse_row(row, where):
 
 def read_jsonl(path):
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines() would also split at U+2028 in a text
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     problems = []
@@ -156,13 +158,14 @@ def read_jsonl(path):
 
 
 def load_hub_problems(path, config, split):
-    from datasets import load_dataset  # here and not above: the built-in task and local files do without it
-
     try:
+        from datasets import load_dataset  # here and not above: the built-in task and local files do without it
+
         rows = load_dataset(path, config, split=split)
     except Exception as error:  # the hub's errors are many (no network, no such set, no cache); all mean the same here
         raise UserError(
-            f"cannot load the data set {path} ({type(error).__name__}): check the network, or give a local .jsonl file"
+            f"cannot load the data set {path} ({type(error).__name__}): check the network and that the package datasets "
+            "is installed, or give a local .jsonl file"
         ) from None
     return [parse_row(row, f"{path}[{i}]") for i, row in enumerate(rows)]
 
@@ -192,6 +195,8 @@ def load_problems(name, split, seed, ops=(2, 5), kind="mixed"):
             raise UserError(f"{name}: too few rows to hold out every tenth; give a file of at least 10")
     else:
         raise UserError(f"no data set '{name}': use tiny, gsm8k, math500, a .jsonl file or a folder of them")
+    if not MathJudge.available and any(to_number(row.answer) is None for row in rows):
+        raise UserError(f"{name} has answers that are formulas; judging them needs: pip install math-verify")
     return Problems(rows, seed, len(rows))
 
 
@@ -211,17 +216,19 @@ def encode_prompt(tokenizer, problem):
 
 
 def take(stream, position, count, tokenizer, max_tokens):
-    """The next `count` problems whose prompts fit -> (problems, their prompts as token ids, new position)."""
-    problems, prompts, start = [], [], position
-    while len(problems) < count:
-        problem = stream[position]
-        ids = encode_prompt(tokenizer, problem)
-        position += 1
+    """The next `count` problems whose prompts fit -> (problems, their prompts as token ids, new position).
+
+    Fewer than `count` when a finite set has been gone through once: nothing is returned twice.
+    """
+    problems, prompts, end = [], [], position + (stream.size or 1000 * count)
+    while len(problems) < count and position < end:
+        ids = encode_prompt(tokenizer, stream[position])
         if len(ids) <= max_tokens:
-            problems.append(problem)
+            problems.append(stream[position])
             prompts.append(ids)
-        elif not problems and position - start > (stream.size or 1000):
-            raise UserError(f"no problem fits into --max_prompt_tokens {max_tokens}")
+        position += 1
+    if not problems:
+        raise UserError(f"no problem fits into --max_prompt_tokens {max_tokens}")
     return problems, prompts, position
 
 
@@ -229,16 +236,17 @@ def take(stream, position, count, tokenizer, max_tokens):
 # 3. The verifier: the only source of reward. Two scores side by side: strict wants the answer in the form that was
 #    asked for, flexible takes the last number. If the strict score alone rises, a run has learnt the form.
 
-NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?|-?\$?\.\d+")
+DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)"  # commas only between thousands: "1,2" is two numbers
+NUMBER = re.compile(rf"-?\$?{DIGITS}(?:\.\d+)?(?:/\d+)?|-?\$?\.\d+", re.ASCII)
 
 
 def to_number(text):
     """'$1,234.0' -> Fraction(1234); None when the text is not one plain number. Exponents are not accepted: the
     exact value of '1e999999999' would fill the memory."""
-    text = re.sub(r"[\s$,%]|\\[$%!,]", "", text).rstrip(".")
-    if len(text) > 60 or not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(/0*[1-9]\d*)?", text, re.ASCII):
+    text = re.sub(r"[\s$%]|\\[$%!]", "", text).rstrip(".")
+    if len(text) > 60 or not re.fullmatch(rf"[+-]?({DIGITS}\.?\d*|\.\d+)(/0*[1-9]\d*)?", text, re.ASCII):
         return None
-    numerator, _, denominator = text.partition("/")
+    numerator, _, denominator = text.replace(",", "").partition("/")
     return Fraction(numerator) / Fraction(denominator or 1)
 
 
@@ -268,17 +276,18 @@ class MathJudge:
     one big-integer power, but a process can be ended. Its worker starts with the first formula it has to judge."""
 
     pool, seconds = None, 5
+    available = importlib.util.find_spec("math_verify") is not None  # without it, formulas count as wrong
 
     def equal(self, prediction, truth):
+        if not self.available:
+            return False
         if self.pool is None:
             # "spawn": a forked copy of a process that holds GPU contexts and thread pools may hang.
             self.pool = multiprocessing.get_context("spawn").Pool(
                 1, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
             )
-            try:
-                self.pool.apply(_math_verify, ("1", "1"))
-            except ImportError:
-                raise UserError("these answers need math-verify: pip install math-verify") from None
+            atexit.register(self.pool.terminate)
+            self.pool.apply(_math_verify, ("1", "1"))  # its imports are not to count as thinking time
         try:
             return self.pool.apply_async(_math_verify, (prediction, truth)).get(self.seconds)
         except multiprocessing.TimeoutError:
@@ -319,6 +328,15 @@ def verify(text, problem):
 # ----------------------------------------------------------------------------------------------------------------------
 # 4. Models: an ordinary Hugging Face causal LM, whose master weights stay float32 whatever the compute dtype is: a
 #    bfloat16 weight has 8 bits of precision and rounds an update of 1e-6 away.
+
+
+def is_tiny(name):
+    """The shipped model, or one trained from it: a folder whose vocabulary has the built-in task's size."""
+    config = Path(resolve_model(name)) / "config.json"
+    try:
+        return json.loads(config.read_text())["vocab_size"] == len(tiny.VOCABULARY)
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def resolve_model(name):
@@ -363,6 +381,8 @@ def load_model(name, device):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # a replay must equal its rollout
     stop_ids = find_stop_ids(model, tokenizer)
+    if not stop_ids:
+        raise UserError(f"the model {path} names no end-of-sequence token; add eos_token_id to its config.json")
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
     return LanguageModel(model.to(device).eval(), tokenizer, stop_ids, pad_id)
 
@@ -391,9 +411,11 @@ def autocast(device):
 
 @dataclass
 class SoftToken:
+    """Candidates that can occur stand first; behind them, scores are -inf and weights 0."""
+
     ids: torch.Tensor  # (B, K) candidate token ids
     weights: torch.Tensor  # (B, K) float32, rows sum to 1
-    scores: torch.Tensor  # (B, K) float32, -inf off the support: what the weights were made of (some estimators ask)
+    scores: torch.Tensor  # (B, K) float32: what the weights were made of, for estimators that ask
 
     def heaviest(self):
         return self.ids.gather(-1, self.weights.argmax(-1, keepdim=True)).squeeze(-1)  # (B,)
@@ -421,8 +443,10 @@ class Rollout:
 
 def mix_embeddings(table, ids, weights):
     """e = sum_k w_k E[id_k]: table (V, D), ids and weights (…, K) -> (…, D). Never holds the (…, K, D) tensor."""
+    if not ids.numel():
+        return table.new_zeros(*ids.shape[:-1], table.shape[1])  # a replay of rows that stopped at once mixes nothing
     flat = F.embedding_bag(ids.flatten(0, -2), table, per_sample_weights=weights.flatten(0, -2), mode="sum")
-    return flat.view(*ids.shape[:-1], -1)
+    return flat.view(*ids.shape[:-1], table.shape[1])
 
 
 def left_pad(prompts, pad_id, device):
@@ -539,22 +563,21 @@ def pass_at_k(n, c, k):
 
 def open_run(out, default_name):
     """Make the run folder and return its path. A folder that holds a run already is never written over."""
-
-    def taken(path):
-        return any((path / name).exists() for name in ("checkpoint.safetensors", "result.json"))
-
     path, number = Path(out or f"runs/{default_name}"), 1
-    while not out and taken(path):
-        number += 1
-        path = Path(f"runs/{default_name}-{number}")
-    if taken(path):
+    if out and any((path / name).exists() for name in ("checkpoint.safetensors", "result.json")):
         raise UserError(f"{path} holds a run already: continue it with --resume {path}, or give another --out")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        (path / "log.jsonl").touch()
-    except OSError as error:
-        raise UserError(f"cannot write to {path}: {error.strerror}; give another --out") from None
-    return path
+    while True:
+        try:
+            path.mkdir(parents=True, exist_ok=bool(out))
+            (path / "log.jsonl").touch()
+            return path
+        except FileExistsError as error:
+            if out:
+                raise UserError(f"cannot write to {path}: {error.strerror}; give another --out") from None
+            number += 1  # a default name is claimed by making the folder, so two runs started at once do not share it
+            path = Path(f"runs/{default_name}-{number}")
+        except OSError as error:
+            raise UserError(f"cannot write to {path}: {error.strerror}; give another --out") from None
 
 
 class RunLog:
@@ -579,7 +602,7 @@ def write_atomically(path, write):
     """write(temporary path), then rename: a reader, or a crash, finds the old file or the new one, nothing between."""
     tmp = Path(f"{path}.tmp")
     write(tmp)
-    with open(tmp, "rb") as file:
+    with open(tmp, "r+b") as file:
         os.fsync(file.fileno())
     os.replace(tmp, path)
 

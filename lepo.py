@@ -22,7 +22,7 @@ At step t the model has seen the prompt q and the embeddings e_<t, and gives log
        J = 1/(steps in the batch) sum_i sum_t min(rho_t A_i, clip(rho_t, 1-eps, 1+eps) A_i) - beta KL(pi, pi_start)
 
 (5) is the paper's unification: the executed mixture serves as a soft label. Its gradient with respect to the logits
-is A (z_t - pi_t), and with a one-hot z_t that is the policy gradient of an ordinary token, bit for bit.
+is A (z_t - pi_t), and with a one-hot z_t (5) is the log-probability of an ordinary token.
 
 What (5) is and is not. For tau > 0 it is not the log of a density: its mean score is E[z] - pi, not 0, so the
 gradient is biased. Measured on small vocabularies its direction is nearly right (cosine > .99 for smooth rewards)
@@ -38,13 +38,14 @@ Differences from the official code (github.com/YuyanZhou/lepo, a TRL 0.21 traine
   - The ratio in (6). There, latent steps have none, and with the released settings it is 1 everywhere: on-policy
     REINFORCE. Here both kinds of step use (6), which is the same at the first update of a batch and clips the later
     ones when `--updates_per_batch` > 1. At latent steps rho is a pseudo-ratio (a geometric mean under z), no true one.
-  - Old and reference probabilities, where used, are computed from the executed embeddings; there, from the stand-ins.
+  - Old and reference probabilities, where used, are computed from the executed mixtures; there, from the stand-ins.
   - Temperature: (5) uses a_t / T at all steps; there, raw logits at latent steps. Equal at the paper's T = 1.
   - Normaliser: one count of steps over the whole batch; there, a mean per rollout and then over rollouts, which
     gives a step of a short rollout more weight.
   - The embeddings e_t are rebuilt inside the graph with z_t constant, so E gets its gradient as an input as in any
     language model; there, e_t is a cached constant.
   - KL, off by default as in the released settings, is exact over the vocabulary; there, an estimate on stand-ins.
+  - Gaussian noise is scaled by the rms of log-probabilities; there, of logits, which depends on their arbitrary shift.
 Like there, (5) is scored by the full softmax although (1) samples from a filtered one.
 """
 
@@ -77,76 +78,87 @@ def operations(text):
 
 
 def build_parser():
-    p = common.Parser(description="LEPO and, with --latent_steps 0, GRPO. The file's first page explains both.")
-    g = p.add_argument_group("model and data")
-    g.add_argument("--model", default="tiny", help="tiny, a local folder, a hub id, or a bare Qwen name")
-    g.add_argument("--data", default="gsm8k", help="tiny, gsm8k, a .jsonl file, or a folder with train and test.jsonl")
-    g.add_argument("--eval_data", help="as --data, or math500 [default: the test split of --data]")
-    g.add_argument("--ops", type=operations, default=[2, 5], help="built-in task: operations per chain, low-high")
-    g.add_argument("--kind", default="mixed", choices=["mixed", "plus", "minus", "single"],
-                   help="built-in task: signs in a chain")  # fmt: skip
-    g.add_argument("--max_prompt_tokens", type=int, default=512, help="problems with longer prompts are passed over")
-    g = p.add_argument_group("latent tokens")
-    g.add_argument("--latent_steps", type=int, default=64, help="soft tokens before the written ones; 0 is plain GRPO")
-    g.add_argument("--tau", type=float, default=0.3, help="Gumbel-Softmax temperature in (2), .3 to .6 in the paper; "
-                   "smaller is nearer to discrete tokens; the strength of other noise")  # fmt: skip
-    g.add_argument("--noise", default="gumbel", choices=["gumbel", "gaussian", "dirichlet", "multinomial", "none"],
-                   help="what makes latent steps random")  # fmt: skip
-    g.add_argument("--draws", type=int, default=3, help="tokens averaged by --noise multinomial")
-    g.add_argument("--estimator", default="soft", choices=["soft", "hard", "concrete", "gumbel"],
-                   help="log-probability of a latent step: (5), its argmax token, or an exact density")  # fmt: skip
-    g.add_argument("--verifier_reads", default="written", choices=["written", "all"],
-                   help="all: the heaviest candidates of latent steps belong to the text that is judged")  # fmt: skip
-    g.add_argument("--temperature", type=float, default=1.0, help="T in (1)")
-    g.add_argument("--top_k", type=int, default=30, help="candidates kept in (1); 0 keeps the vocabulary")
-    g.add_argument("--top_p", type=float, default=0.95, help="probability mass kept in (1)")
-    g = p.add_argument_group("optimisation")
-    g.add_argument("--steps", type=int, default=100, help="updates (paper: about 99); 0 only evaluates")
-    g.add_argument("--prompts_per_step", type=int, default=32, help="P (paper: 128)")
-    g.add_argument("--group_size", type=int, default=8, help="G, rollouts per prompt")
-    g.add_argument("--max_new_tokens", type=int, default=512, help="cap on steps, latent ones included (paper: 2048)")
-    g.add_argument("--updates_per_batch", type=int, default=1, help="passes over a batch; above 1, clipping acts")
-    g.add_argument("--clip", type=float, default=0.2, help="eps in (6)")
-    g.add_argument("--kl_coef", type=float, default=0.0, help="beta in (6); above 0 keeps a second model in memory")
-    g.add_argument("--lr", type=float, default=1e-6, help="peak learning rate of AdamW; cosine decay to 0")
-    g.add_argument("--warmup", type=int, default=3, help="steps of linear warm-up (paper: 3 %%)")
-    g.add_argument("--weight_decay", type=float, default=0.1, help="of AdamW, decoupled")
-    g.add_argument("--grad_clip", type=float, default=1.0, help="largest gradient norm")
-    g.add_argument("--micro_batch", type=int, default=4, help="rollouts per backward pass: memory, not results")
-    g.add_argument("--gradient_checkpointing", action="store_true", help="less memory in the update, a third more time")
-    g = p.add_argument_group("evaluation and run")
-    g.add_argument("--eval_problems", type=int, default=256, help="held-out problems; s.e. is 3 points at 256")
-    g.add_argument("--eval_samples", type=int, default=8, help="samples per problem, k of pass@k")
-    g.add_argument("--eval_every", type=int, default=20, help="steps between noise-free evaluations; 0: none between")
-    g.add_argument("--show_every", type=int, default=10, help="steps between printed rollouts; 0: none")
-    g.add_argument("--save_every", type=int, default=20, help="steps between checkpoints; Ctrl-C and SIGTERM save too")
-    g.add_argument("--seed", type=int, default=0, help="of noise and training problems")
-    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"],
-                   help="cuda computes in bfloat16 with float32 weights, cpu in float32")  # fmt: skip
-    g.add_argument("--out", help="run folder [default: a new one under runs/]")
-    g.add_argument("--resume", metavar="FOLDER", help="continue a run; flags given beside it replace the saved ones")
-    return p
+    parser = common.Parser(description="LEPO and, with --latent_steps 0, GRPO. The file's first page explains both.")
+
+    def flag(name, default, text, **options):
+        tiny_too = f"; tiny: {TINY[name]}" if name in TINY else ""
+        options = {"type": type(default)} | options
+        group.add_argument(f"--{name}", default=default, help=f"{text} [{default}{tiny_too}]", **options)
+
+    group = parser.add_argument_group("model and data")
+    flag("model", "tiny", "tiny, a local folder, a hub id, or a bare Qwen name")
+    flag("data", "gsm8k", "tiny, gsm8k, a .jsonl file, or a folder with train.jsonl and test.jsonl")
+    group.add_argument("--eval_data", help="as --data, or math500 [the test split of --data]")
+    flag("ops", [2, 5], "built-in task: operations per chain, low-high", type=operations)
+    flag("kind", "mixed", "built-in task: signs in a chain", choices=["mixed", "plus", "minus", "single"])
+    flag("max_prompt_tokens", 512, "problems with longer prompts are passed over")
+
+    group = parser.add_argument_group("latent tokens")
+    flag("latent_steps", 64, "soft tokens before the written ones; 0 is plain GRPO")
+    flag("tau", 0.3, "Gumbel-Softmax temperature in (2), .3 to .6 in the paper; smaller is nearer to discrete tokens; "
+         "the strength of other noise")  # fmt: skip
+    flag("noise", "gumbel", "what makes latent steps random",
+         choices=["gumbel", "gaussian", "dirichlet", "multinomial", "none"])  # fmt: skip
+    flag("draws", 3, "tokens averaged by --noise multinomial")
+    flag("estimator", "soft", "log-probability of a latent step: (5), that of its argmax, or an exact density",
+         choices=["soft", "hard", "concrete", "gumbel"])  # fmt: skip
+    flag("verifier_reads", "written", "all: the heaviest candidates of latent steps belong to the text that is judged",
+         choices=["written", "all"])  # fmt: skip
+    flag("temperature", 1.0, "T in (1)")
+    flag("top_k", 30, "candidates kept in (1); 0 keeps the vocabulary")
+    flag("top_p", 0.95, "probability mass kept in (1)")
+
+    group = parser.add_argument_group("optimisation")
+    flag("steps", 100, "updates (paper: about 99); 0 only evaluates")
+    flag("prompts_per_step", 32, "P (paper: 128)")
+    flag("group_size", 8, "G, rollouts per prompt")
+    flag("max_new_tokens", 512, "cap on steps, latent ones included (paper: 2048)")
+    flag("updates_per_batch", 1, "passes over a batch; above 1, clipping acts")
+    flag("clip", 0.2, "eps in (6)")
+    flag("kl_coef", 0.0, "beta in (6); above 0 keeps a second model in memory")
+    flag("lr", 1e-6, "peak learning rate of AdamW; cosine decay")
+    flag("warmup", 3, "steps of linear warm-up (paper: 3 %% of all)")
+    flag("weight_decay", 0.1, "of AdamW, decoupled")
+    flag("grad_clip", 1.0, "largest gradient norm")
+    flag("micro_batch", 4, "rollouts per backward pass: memory, not results")
+    group.add_argument("--gradient_checkpointing", action="store_true", help="less memory in the update, more time")
+
+    group = parser.add_argument_group("evaluation and run")
+    flag("eval_problems", 256, "held-out problems; the standard error is 3 points at 256")
+    flag("eval_samples", 8, "samples per problem, k of pass@k")
+    flag("eval_every", 20, "steps between noise-free evaluations; 0: none between")
+    flag("show_every", 10, "steps between printed rollouts; 0: none")
+    flag("save_every", 20, "steps between checkpoints; Ctrl-C and SIGTERM save too")
+    flag("seed", 0, "of noise and training problems")
+    flag("device", "cuda" if torch.cuda.is_available() else "cpu", "cuda: bfloat16 compute; cpu: float32",
+         choices=["cuda", "cpu"])  # fmt: skip
+    group.add_argument("--out", help="run folder [a new one under runs/]")
+    group.add_argument("--resume", metavar="FOLDER", help="continue a run; flags given beside it replace saved ones")
+    return parser
 
 
 def parse_args(argv=None):
     """-> (args, state of the checkpoint to resume or None). Raises UserError on values that cannot work."""
     parser = build_parser()
-    for action in parser._actions:  # every default belongs into --help, the tiny model's too
-        if action.default not in (None, False, "==SUPPRESS=="):
-            action.help += f" [{action.default}{f'; tiny: {TINY[action.dest]}' if action.dest in TINY else ''}]"
     first, _ = parser.parse_known_args(argv)
     state = common.read_checkpoint_state(f"{first.resume}/checkpoint.safetensors") if first.resume else None
-    parser.set_defaults(**(state["args"] if state else TINY if first.model == "tiny" else {}))
+    parser.set_defaults(**(state["args"] if state else TINY if common.is_tiny(first.model) else {}))
     args = parser.parse_args(argv)
+    done, begun = (state["step"], state["args"]) if state else (0, vars(args))
     at_least_1 = ["prompts_per_step", "micro_batch", "updates_per_batch", "draws", "eval_samples", "eval_problems"]
-    not_negative = ["steps", "latent_steps", "top_k", "clip", "lr", "kl_coef", "warmup", "show_every", "save_every"]
+    not_negative = ["steps", "latent_steps", "top_k", "clip", "lr", "weight_decay", "kl_coef", "warmup", "eval_every",
+                    "show_every", "save_every"]  # fmt: skip
     checks = [
         *((getattr(args, name) >= 1, f"--{name} must be at least 1") for name in at_least_1),
         *((getattr(args, name) >= 0, f"--{name} cannot be negative") for name in not_negative),
+        (args.steps >= done, f"this run has done {done} steps: --steps must be at least that"),
+        (not (state and args.out), "--resume goes on in its own folder: leave --out away"),
+        (args.model == begun["model"] and args.device == begun["device"], "--model and --device cannot change in a run"),
         (args.group_size >= 2, "--group_size must be at least 2: an advantage compares rollouts"),
         (args.latent_steps < args.max_new_tokens, "--latent_steps must leave --max_new_tokens room to write"),
         (args.tau > 0 and args.temperature > 0, "--tau and --temperature must be above 0"),
         (0 < args.top_p <= 1, "--top_p must be in (0, 1]"),
+        (args.grad_clip > 0, "--grad_clip must be above 0"),
         (args.noise == "gumbel" or args.estimator in ("soft", "hard"),
          f"--estimator {args.estimator} is the density of Gumbel noise: it needs --noise gumbel"),
         (1 <= args.ops[0] <= args.ops[1] <= 8, "--ops must be low-high between 1 and 8, such as 2-5"),
@@ -173,15 +185,17 @@ def support(logits, temperature, top_k, top_p):
 
 
 def gumbel_noise(shape, generator, device):
-    """-log Exp(1) is Gumbel(0, 1)."""
-    return -torch.empty(shape, device=device).exponential_(generator=generator).log()
+    """-log Exp(1) is Gumbel(0, 1). Some platforms can draw an exact 0 here, which would become infinite noise."""
+    exponential = torch.empty(shape, device=device).exponential_(generator=generator)
+    return -exponential.clamp_(min=torch.finfo(torch.float32).tiny).log()
 
 
 def latent_token(ids, log_probs, gumbel, generator, args):
     """Equation (2), or another kind of noise: candidates (B, K) -> SoftToken. `gumbel` None: the noise-free mixture.
 
     gaussian: normal noise on the log-probabilities, std = tau x their rms.  dirichlet: z ~ Dirichlet(tau x probs).
-    multinomial: z = token counts of `draws` draws / draws; with it (5) times `draws` is exactly unbiased.
+    multinomial: z = token counts of `draws` draws / draws; then (5) times `draws` is exactly unbiased, if nothing was
+    filtered in (1).
     """
     probs = log_probs.exp()  # (B, K)
     if args.noise in ("gumbel", "none"):
@@ -202,7 +216,7 @@ def latent_token(ids, log_probs, gumbel, generator, args):
         draws = probs.multinomial(args.draws, replacement=True, generator=generator)  # (B, draws)
         share = torch.full_like(draws, 1 / args.draws, dtype=probs.dtype)
         weights = torch.zeros_like(probs).scatter_add_(-1, draws, share)  # (B, K)
-    return SoftToken(ids, weights, weights.log())
+    return SoftToken(ids, weights, log_probs)
 
 
 def written_token(ids, log_probs, gumbel):
@@ -224,7 +238,7 @@ def rollout(lm, prompts, group_size, args, generator, latent_steps=None, noisy=T
 
     def choose(logits, t, rows):
         ids, log_probs = support(logits, args.temperature, args.top_k, args.top_p)  # (B, K)
-        # Noise is drawn for all N rows, running or not: a row's luck does not depend on when its neighbours end.
+        # Gumbel noise is drawn for all N rows, running or not: a row's luck does not depend on when others end.
         gumbel = gumbel_noise((total, ids.shape[1]), generator, logits.device)[rows] if noisy else None
         if t < latent_steps:
             return latent_token(ids, log_probs, gumbel, generator, args)
@@ -269,7 +283,7 @@ def latent_log_prob(log_p, weights, scores, estimator, tau):
     Gradient with respect to the logits, w = softmax(l - tau log z) and u = exp(-(scores - l)):
       soft      z - pi                  the paper; biased for tau > 0, least variance
       hard      onehot(argmax z) - pi   zero mean; ignores that the mixture is soft
-      concrete  1 - m w                 exact density of z (Maddison et al. 2017, eq. 10); E|.|^2 = m (m-1) / (m+1)
+      concrete  1 - m w                 exact density of z (Maddison et al. 2017, def. 1); E|.|^2 = m (m-1) / (m+1)
       gumbel    v - pi sum(v), v = 1-u  exact density of l + g (SofT-GRPO); E|v|^2 = m
     """
     if estimator == "soft":
@@ -291,16 +305,16 @@ def latent_log_prob(log_p, weights, scores, estimator, tau):
 
 
 def trajectory_log_probs(lm, roll, rows, args):
-    """Replay rows (B,) -> (log_probs (B, T), logits / temperature (B, T, V)); T is the longest of these rows."""
+    """Replay rows (B,) -> log_probs (B, T) and, for the KL term, logits / temperature (B, T, V); T: the longest row."""
     logits = common.replay_logits(lm, roll, rows) / args.temperature  # (B, T, V)
     steps = logits.shape[1]
     ids, weights, scores = roll.ids[rows, :steps], roll.weights[rows, :steps], roll.scores[rows, :steps]  # (B, T, K)
     log_p = logits.gather(-1, ids) - logits.logsumexp(-1, keepdim=True)  # (B, T, K)
-    written = (weights * log_p).sum(-1)  # (B, T): one-hot weights make (5) the token's log-probability
+    soft = (weights * log_p).sum(-1)  # (B, T): (5) for both kinds of step, since a written token's weights are one-hot
     if args.estimator == "soft":
-        return written, logits
+        return soft, logits
     latent = latent_log_prob(log_p, weights, scores, args.estimator, args.tau)  # (B, T)
-    return torch.where(torch.arange(steps, device=logits.device) < args.latent_steps, latent, written), logits
+    return torch.where(torch.arange(steps, device=logits.device) < args.latent_steps, latent, soft), logits
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -325,9 +339,8 @@ def exact_kl(logits, start_logits):
 def update(lm, start, optimizer, roll, advantages, args):
     """`updates_per_batch` optimiser steps on one batch; advantages (N,); `start` is the KL's reference. -> metrics
 
-
     Rows with advantage 0 have gradient 0 and are left out of the arithmetic (not of the normaliser), unless a KL term
-    needs them. Raises UserError, before the weights are touched, when the gradient is not finite.
+    needs them. Raises UserError, before it is applied, when a gradient is not finite.
     """
     normaliser = roll.length.sum()  # every executed step of the batch
     rows = torch.arange(len(advantages)) if args.kl_coef else advantages.nonzero().squeeze(-1).cpu()  # (M,)
@@ -335,15 +348,18 @@ def update(lm, start, optimizer, roll, advantages, args):
         return {"grad_norm": 0.0, "surprise": None, "clipped": 0.0, "kl": 0.0}
     rows = rows[roll.length.cpu()[rows].argsort(stable=True)]
     mask = roll.mask()  # (N, T)
-    old, sums = {}, dict.fromkeys(("clipped", "kl", "surprise"), 0.0)
+    micro_batches = rows.split(args.micro_batch)
+    old = [None] * len(micro_batches)  # log-probabilities under theta_old, kept from the first pass
+    sums = dict.fromkeys(("clipped", "kl", "surprise"), 0.0)
     lm.model.train(args.gradient_checkpointing)  # transformers checkpoints in train mode only; dropout is 0
     for _ in range(args.updates_per_batch):
         optimizer.zero_grad()
-        for micro in rows.split(args.micro_batch):
+        for i, micro in enumerate(micro_batches):
             log_probs, logits = trajectory_log_probs(lm, roll, micro, args)  # (B, T), (B, T, V)
             valid = mask[micro, : log_probs.shape[1]]  # (B, T)
-            previous = old.setdefault(int(micro[0]), log_probs.detach())  # first pass: theta_old = theta
-            gain, clipped = surrogate(log_probs, previous, advantages[micro, None], args.clip)  # (B, T)
+            if old[i] is None:
+                old[i] = log_probs.detach()  # (B, T)
+            gain, clipped = surrogate(log_probs, old[i], advantages[micro, None], args.clip)  # (B, T)
             loss = -(gain * valid).sum() / normaliser
             if args.kl_coef:
                 with torch.no_grad():
@@ -357,8 +373,8 @@ def update(lm, start, optimizer, roll, advantages, args):
         grad_norm = torch.nn.utils.clip_grad_norm_(lm.model.parameters(), args.grad_clip).item()
         if not math.isfinite(grad_norm):
             lm.model.eval()
-            raise UserError("the gradient is not finite; the weights from before this step are saved: "
-                            "resume with a lower --lr")  # fmt: skip
+            raise UserError("the gradient is not finite and was not applied; the run is saved: --resume it, "
+                            "with a lower --lr, and it goes on with the next batch")  # fmt: skip
         optimizer.step()
     lm.model.eval()
     passes, used = args.updates_per_batch, mask[rows]
@@ -419,7 +435,7 @@ def describe(lm, roll, n, problem, text, reward, latent_steps):
 
 
 def learning_rate(step, args):
-    """Linear warm-up, then cosine to 0 at the last step."""
+    """Linear warm-up, then cosine towards 0 after the last step."""
     if step < args.warmup:
         return args.lr * (step + 1) / args.warmup
     return args.lr * 0.5 * (1 + math.cos(math.pi * (step - args.warmup) / max(1, args.steps - args.warmup)))
@@ -438,8 +454,8 @@ def train_step(lm, start, optimizer, stream, state, args, generator):
     rolled = time.time()
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, args)
+    state |= {"step": step + 1, "position": position}  # before the update: one that fails is not tried again
     metrics = update(lm, start, optimizer, roll, advantages, args)
-    state |= {"step": step + 1, "position": position}
     latent = roll.weights[:, : args.latent_steps][roll.mask()[:, : args.latent_steps]]  # (latent steps executed, K)
     row = {
         "step": step,
@@ -461,11 +477,12 @@ def train_step(lm, start, optimizer, stream, state, args, generator):
     return row, timing, describe(lm, roll, 0, problems[0], texts[0], strict[0, 0].item(), args.latent_steps)
 
 
-def train(lm, start, optimizer, stream, held_out, state, args, generator, folder):
+def train(lm, start, optimizer, stream, held_out, state, args, generator, folder, began):
     """Steps until the last one or an interrupt. -> True when all steps are done."""
     log = common.RunLog(folder, state["step"])
 
     def save():
+        state["seconds"] = time.time() - began
         common.save_checkpoint(folder / "checkpoint.safetensors", lm.model, optimizer, generator, state)
 
     bar = tqdm(total=args.steps, initial=state["step"], desc="training", unit="step", disable=None)
@@ -473,12 +490,17 @@ def train(lm, start, optimizer, stream, held_out, state, args, generator, folder
         if state["step"] == 0:
             save()  # the evaluation before training is worth keeping
         while state["step"] < args.steps and not stop.requested:
-            dice = generator.get_state()
+            step_start, dice = dict(state), generator.get_state()
             try:
                 row, timing, sample = train_step(lm, start, optimizer, stream, state, args, generator)
-            except (UserError, RuntimeError, MemoryError) as error:
-                if isinstance(error, UserError) or common.is_out_of_memory(error):
-                    generator.set_state(dice)  # the failed step has changed nothing else
+            except UserError:
+                save()
+                raise
+            except (RuntimeError, MemoryError) as error:
+                # With one update per batch the weights are still those of the step's start: take the rest back too.
+                if common.is_out_of_memory(error) and args.updates_per_batch == 1:
+                    state |= step_start
+                    generator.set_state(dice)
                     save()
                 raise
             done = state["step"]
@@ -494,8 +516,9 @@ def train(lm, start, optimizer, stream, held_out, state, args, generator, folder
                 + (f"  greedy {row['greedy']:.3f}" if "greedy" in row else "")
             )
             bar.update()
-            if args.save_every and done % args.save_every == 0 or done == args.steps or stop.requested:
+            if args.save_every and done % args.save_every == 0:
                 save()
+        save()
     return state["step"] >= args.steps
 
 
@@ -512,8 +535,7 @@ def main(argv=None):
     )
     stream = common.load_problems(args.data, "train", args.seed, tuple(args.ops), args.kind) if args.steps else None
     test = common.load_problems(args.eval_data or args.data, "test", 0, tuple(args.ops), args.kind)
-    count = min(args.eval_problems, test.size or args.eval_problems)
-    held_out = common.take(test, 0, count, lm.tokenizer, args.max_prompt_tokens)[:2]
+    held_out = common.take(test, 0, args.eval_problems, lm.tokenizer, args.max_prompt_tokens)[:2]
 
     method = "lepo" if args.latent_steps else "grpo"
     name = f"{method}-{common.Path(args.model).name}-seed{args.seed}"
@@ -522,25 +544,26 @@ def main(argv=None):
     print(f"{args.model}: {size:,} parameters on {args.device}; run folder {folder}")
     if state:
         common.load_checkpoint(folder / "checkpoint.safetensors", lm.model, optimizer, generator)
+        began -= state["seconds"]
         print(f"resuming at step {state['step']} of {args.steps}")
     else:
         state = {"step": 0, "position": 0, "before": evaluate(lm, held_out, args, full=True)}
         print("before  " + "  ".join(f"{key} {value:.3f}" for key, value in state["before"].items()))
     state["args"] = vars(args) | {"resume": None, "out": None}
 
-    if not train(lm, start, optimizer, stream, held_out, state, args, generator, folder):
+    if not train(lm, start, optimizer, stream, held_out, state, args, generator, folder, began):
         print(f"stopped at step {state['step']}; continue with: python lepo.py --resume {folder}")
         return 130
-    after = evaluate(lm, held_out, args, full=True) if args.steps else state["before"]
+    after = evaluate(lm, held_out, args, full=True) if state["step"] else state["before"]
     print("after   " + "  ".join(f"{key} {value:.3f}" for key, value in after.items()))
     lm.model.save_pretrained(folder / "model")
     lm.tokenizer.save_pretrained(folder / "model")
     result = {"method": method, "model": args.model, "seed": args.seed, "steps": args.steps}
     result |= {"seconds": time.time() - began} | after
     result |= {f"{key}_before": value for key, value in state["before"].items()}
-    line = json.dumps({key: round(value, 4) if isinstance(value, float) else value for key, value in result.items()})
-    (folder / "result.json").write_text(line + "\n")
-    print(line)
+    result = {key: round(value, 4) if isinstance(value, float) else value for key, value in result.items()}
+    (folder / "result.json").write_text(json.dumps(result | {"args": state["args"]}) + "\n")
+    print(json.dumps(result))
     return 0
 
 

@@ -3,16 +3,16 @@
     python plot.py runs/*                             # a table: mean ± std over the seeds of each group of runs
     python plot.py runs/* --figure curves.png         # and learning curves
 
-A run folder holds log.jsonl and result.json. Folders whose names differ only in `-seed<n>` form a group.
+A run folder holds log.jsonl and result.json. Folders whose names differ only in `-seed<n>` form a group, and their runs
+must differ in nothing else.
 """
 
-import argparse
 import json
 import re
 import statistics
 from pathlib import Path
 
-from common import UserError, run_main
+from common import Parser, UserError, run_main
 
 
 def read_groups(folders):
@@ -25,6 +25,11 @@ def read_groups(folders):
             groups.setdefault(name, []).append((rows, json.loads((folder / "result.json").read_text())))
     if not groups:
         raise UserError("none of these folders holds a finished run (result.json)")
+    for name, runs in groups.items():
+        settings = [result["args"] for _, result in runs]
+        unlike = {key for one in settings for key in one if key != "seed" and one[key] != settings[0].get(key)}
+        if unlike:
+            raise UserError(f"runs named {name} differ in {', '.join(sorted(unlike))}: give each setting its own name")
     return groups
 
 
@@ -85,10 +90,12 @@ def figure(groups, path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description="Table and figure of finished runs: mean ± std over the seeds of each group.")
     parser.add_argument("folders", nargs="+", help="run folders")
     parser.add_argument("--figure", help="picture to write, .png or .pdf")
     args = parser.parse_args(argv)
+    if args.figure and Path(args.figure).suffix not in (".png", ".pdf"):
+        raise UserError("--figure must end in .png or .pdf")
     groups = read_groups(args.folders)
     print(table(groups))
     if args.figure:

@@ -5,10 +5,13 @@
 
 import itertools
 import json
+import os
 import random
 import time
 from pathlib import Path
 from types import SimpleNamespace
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may depend on a network
 
 import pytest
 import torch
@@ -31,7 +34,7 @@ needs_data = pytest.mark.skipif(not (SHARED / "data/gsm8k").is_dir(), reason="ne
 @pytest.mark.parametrize("a, b, equal", [
     ("1,234.0", "$1234", True), ("$5", "5", True), ("0.50", "1/2", True), ("-3", "3", False), ("50\\%", "50", True),
     (".5", "0.5", True), ("18.", "18", True), ("1/0", "1", False), ("12", "120", False), ("1e3", "1000", False),
-    ("1e999999999", "1", False), ("９", "9", False), ("", "0", False),
+    ("1e999999999", "1", False), ("９", "9", False), ("", "0", False), ("1,2", "12", False), ("12,345,678", "12345678", True),
 ])  # fmt: skip
 def test_numbers_are_compared_as_numbers(a, b, equal):
     x, y = common.to_number(a), common.to_number(b)
@@ -147,6 +150,8 @@ def test_prompts_use_the_chat_template_and_long_ones_are_passed_over():
     assert rows[0].question in text and "\\boxed{}" in text and text.endswith("<|im_start|>assistant\n")
     problems, prompts, position = common.take(rows, 0, 20, tokenizer, 100)
     assert len(problems) == 20 < position and max(map(len, prompts)) <= 100
+    everything, _, _ = common.take(rows, 0, 5000, tokenizer, 100)
+    assert 20 < len(everything) == len(set(everything)) < 1319  # nothing twice
     with pytest.raises(UserError, match="max_prompt_tokens"):
         common.take(rows, 0, 1, tokenizer, 3)
 

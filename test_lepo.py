@@ -4,18 +4,21 @@
     pytest test_lepo.py -k density   # one subject
 
 In the order of lepo.py: the latent token, the rollout and its replay, advantages, log-probabilities, the update, and
-runs of the script. Monte-Carlo tests use fixed seeds and bounds of 4 standard errors or more.
+runs of the script. Monte-Carlo tests use fixed seeds, bounds of 4 standard errors or more, and for tests of fit p = .001.
 """
 
 import itertools
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may depend on a network
 
 import pytest
 import torch
@@ -108,7 +111,7 @@ def sample(n, args, pi=PI, seed=0):
 
 
 def test_gumbel_softmax_has_the_concrete_density():
-    """Histogram-free: the probability integral of z_1 under torch's own Concrete distribution is uniform."""
+    """Draws of z_1 against draws from torch's own Concrete distribution (Kolmogorov-Smirnov)."""
     _, token = sample(4000, settings(tau=0.5), PI[:2] / PI[:2].sum())
     theirs = RelaxedOneHotCategorical(torch.tensor(0.5, dtype=torch.float64), probs=PI[:2] / PI[:2].sum())
     torch.manual_seed(0)
@@ -127,7 +130,10 @@ def test_argmax_of_the_mixture_is_a_draw_from_the_policy(tau):
     assert chi2 < 18.47  # 4 degrees of freedom, p = .001
 
 
-@pytest.mark.parametrize("noise", ["gumbel", "gaussian", "dirichlet", "multinomial", "none"])
+NOISES = ["gumbel", "gaussian", "dirichlet", "multinomial", "none"]
+
+
+@pytest.mark.parametrize("noise", NOISES)
 def test_every_noise_gives_a_mixture(noise):
     n = 20_000
     log_probs, token = sample(n, settings(noise=noise))
@@ -146,7 +152,7 @@ def test_every_noise_gives_a_mixture(noise):
 
 def test_weights_off_the_support_are_zero_for_every_noise():
     log_probs = torch.tensor([[math.log(0.7), math.log(0.3), -math.inf, -math.inf]])
-    for noise in ("gumbel", "gaussian", "dirichlet", "multinomial", "none"):
+    for noise in NOISES:
         generator = torch.Generator().manual_seed(0)
         token = lepo.latent_token(torch.arange(4)[None], log_probs, torch.zeros(1, 4), generator, settings(noise=noise))
         assert (token.weights[:, 2:] == 0).all() and torch.isfinite(token.weights).all(), noise
@@ -178,10 +184,10 @@ def record_rollout(lm, args, **kwargs):
     return roll, logits
 
 
-@pytest.mark.parametrize("latent_steps", [0, 3])
-def test_replayed_logits_equal_rollout_logits(latent_steps):
-    """Under left padding, a prefill shared by the group, and rows that end early."""
-    lm, args = random_model(), settings(latent_steps=latent_steps, max_new_tokens=8)
+@pytest.mark.parametrize("latent_steps, noise", [(0, "gumbel"), *((3, noise) for noise in NOISES)])
+def test_replayed_logits_equal_rollout_logits(latent_steps, noise):
+    """Under left padding, a prefill shared by the group, and rows that end early; for every kind of latent."""
+    lm, args = random_model(), settings(latent_steps=latent_steps, noise=noise, max_new_tokens=8)
     lm.stop_ids = [STOP, 4, 7]
     roll, seen = record_rollout(lm, args, group_size=8)
     assert roll.length.unique().numel() > 3 and roll.stopped.any() and not roll.stopped.all()
@@ -212,10 +218,21 @@ def test_greedy_without_latents_is_generate():
         assert roll.heaviest()[i, : roll.length[i]].tolist() == out[0, len(prompt) :].tolist()
 
 
-def test_archive_is_complete():
+def test_rows_that_stop_at_once():
+    """A batch whose replay has no step to feed back, and max_new_tokens 1."""
+    lm, advantages = random_model(), torch.linspace(-1, 1, 12)
+    for args in (settings(latent_steps=0, max_new_tokens=1), settings(micro_batch=1, latent_steps=0)):
+        lm.stop_ids = list(range(12))
+        roll = roll_out(lm, args)
+        assert (roll.length == 1).all()
+        assert_close_gradients(gradients(lm, roll, advantages, args)[0], grpo_gradients(lm, roll, advantages))
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_archive_is_complete(noise):
     lm = random_model()
     for top_k in (0, 4):
-        roll = roll_out(lm, settings(top_k=top_k, top_p=0.9))
+        roll = roll_out(lm, settings(top_k=top_k, top_p=0.9, noise=noise))
         valid = roll.mask()
         assert torch.allclose(roll.weights.sum(-1)[valid], torch.ones(int(valid.sum())), atol=1e-6)
         assert roll.ids.shape[-1] <= (top_k or 12)
@@ -395,15 +412,19 @@ def smooth_reward(z):
     return torch.tanh(z @ table).sum(-1) + 0.5 * (z @ table)[..., 0] ** 2
 
 
-@pytest.mark.parametrize("estimator", ["concrete", "gumbel", "soft"])
-def test_policy_gradient_against_finite_differences_with_common_random_numbers(estimator):
-    tau, n, h = 0.5, 400_000, 1e-3
+def test_infinite_noise_cannot_occur(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "exponential_", lambda self, generator: self.zero_())  # what some platforms can draw
+    assert torch.isfinite(lepo.gumbel_noise((3,), None, "cpu")).all()
+
+
+@pytest.mark.parametrize("estimator, tau", [("concrete", 0.5), ("gumbel", 0.5), ("soft", 0.3), ("soft", 0.5)])
+def test_policy_gradient_against_finite_differences_with_common_random_numbers(estimator, tau):
+    n, h = 400_000, 1e-3
     score, token = scores_of(estimator, tau, n)
     reward = smooth_reward(token.weights)
     samples = (reward - reward.mean())[:, None] * score  # (n, m)
     estimate, error = samples.mean(0), samples.std(0) / math.sqrt(n)
-    _, base = sample(n, settings(tau=tau))
-    noise = base.scores - PI.log()
+    noise = token.scores - PI.log()
     truth = torch.zeros(5, dtype=torch.float64)
     for k in range(5):
         for sign in (1, -1):
@@ -413,7 +434,8 @@ def test_policy_gradient_against_finite_differences_with_common_random_numbers(e
             truth[k] += sign * smooth_reward(z).mean() / (2 * h)
     if estimator == "soft":  # the direction is right, the size is not
         assert F.cosine_similarity(estimate, truth, dim=0) > 0.99
-        assert 0.5 < estimate.norm() / truth.norm() < 0.9
+        low, high = {0.3: (0.7, 0.9), 0.5: (0.55, 0.8)}[tau]
+        assert low < estimate.norm() / truth.norm() < high
     else:
         assert ((estimate - truth).abs() < 4 * error + 1e-3 * truth.norm()).all()
 
@@ -587,18 +609,23 @@ def test_cutting_into_micro_batches_changes_nothing(estimator):
     assert_close_gradients(gradients(lm, roll, advantages, args)[0], whole)
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
 def test_gradient_checkpointing_changes_nothing():
     lm, args = random_model(), settings()
     roll, advantages = roll_out(lm, args), torch.randn(12, generator=torch.Generator().manual_seed(0))
     plain, _ = gradients(lm, roll, advantages, args)
+    passes = []
+    lm.model.model.layers[0].self_attn.register_forward_pre_hook(lambda *_: passes.append(1))
     lm.model.gradient_checkpointing_enable()
     args.gradient_checkpointing = True
     assert_close_gradients(gradients(lm, roll, advantages, args)[0], plain)
+    assert len(passes) == 2  # forward, and recomputed in backward: it was on
+    roll_out(lm, args)  # and leaves rollouts, with their cache, alone
     assert not lm.model.training
 
 
 def test_second_pass_uses_the_first_ones_log_probabilities():
-    lm, args = random_model(), settings(updates_per_batch=2, clip=1e-6, latent_steps=3)
+    lm, args = random_model(), settings(updates_per_batch=2, clip=1e-6, micro_batch=5)
     roll, advantages = roll_out(lm, args), torch.randn(12, generator=torch.Generator().manual_seed(0))
     moved = lepo.update(lm, lm, sgd(lm, 0.1), roll, advantages, args)
     assert moved["clipped"] > 0.3  # of both passes; the first one clips nothing
@@ -684,6 +711,7 @@ BAD_INPUTS = {  # case: (flags, what the line must mention)
     "not a number": (["--steps", "many"], "--steps"),
     "unwritable folder": (["--out", "{tmp}/bad.jsonl/run"], "cannot write"),
     "nothing to resume": (["--resume", "{tmp}"], "nothing to resume"),
+    "negative": (["--weight_decay", "-1"], "--weight_decay"),
 }
 
 
@@ -720,8 +748,31 @@ def test_out_of_memory_saves_and_says_what_to_do(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         common.run_main(lambda: lepo.main([*QUICK, "--out", str(tmp_path / "run")]))
     assert stop.value.code == 2 and "--micro_batch" in capsys.readouterr().err
-    lepo.main(["--resume", str(tmp_path / "run"), "--micro_batch", "64"])
+    lepo.main(["--resume", str(tmp_path / "run")])
     assert (tmp_path / "run/log.jsonl").read_bytes() == (tmp_path / "whole/log.jsonl").read_bytes()
+
+
+def test_a_non_finite_gradient_is_saved_and_resume_goes_on_with_the_next_batch(tmp_path, capsys, monkeypatch):
+    original, calls = lepo.surrogate, []
+
+    def surrogate(*arguments):
+        calls.append(1)
+        gain, clipped = original(*arguments)
+        return gain * (math.nan if len(calls) == 3 else 1), clipped
+
+    monkeypatch.setattr(lepo, "surrogate", surrogate)
+    run = str(tmp_path / "run")
+    with pytest.raises(SystemExit) as stop:
+        common.run_main(lambda: lepo.main([*QUICK, "--out", run]))
+    assert stop.value.code == 2 and "not finite" in capsys.readouterr().err
+    lepo.main(["--resume", run, "--lr", "1e-5", "--micro_batch", "5"])
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert len(steps) == 4 and set(steps) < set(range(5))
+    with pytest.raises(common.UserError, match="has done 5 steps"):
+        lepo.main(["--resume", run, "--steps", "0"])
+    before = (tmp_path / "run/result.json").read_text()
+    assert lepo.main(["--resume", run]) == 0  # a finished run: evaluated once more, the same
+    assert json.loads(before)["greedy"] == json.loads((tmp_path / "run/result.json").read_text())["greedy"]
 
 
 def test_the_shipped_model_learns(tmp_path, capsys):
@@ -734,8 +785,11 @@ def test_the_shipped_model_learns(tmp_path, capsys):
 
 @pytest.mark.skipif(not (SHARED / "tokenizers/qwen2.5").is_dir() or not (SHARED / "data/gsm8k").is_dir(),
                     reason="needs the Qwen2.5 tokenizer and GSM8K beside the checkout, in ../shared")  # fmt: skip
-def test_real_tokenizer_and_gsm8k(tmp_path, capsys):
-    """Rollout, reward, update, evaluation, checkpoint and resume with the real vocabulary, chat template and data."""
+def test_real_tokenizer_and_gsm8k(tmp_path, capsys, monkeypatch):
+    """Rollout, update, evaluation, checkpoint and resume with the real vocabulary, chat template and data.
+
+    A random model is never right, so the verifier is asked, and then every second rollout is called right.
+    """
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "tokenizers/qwen2.5")
     torch.manual_seed(0)
     config = Qwen2Config(vocab_size=151936, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
@@ -743,6 +797,13 @@ def test_real_tokenizer_and_gsm8k(tmp_path, capsys):
                          eos_token_id=151643)  # fmt: skip
     Qwen2ForCausalLM(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
+    honest = lepo.score
+
+    def score(texts, problems, group_size):
+        assert honest(texts, problems, group_size).sum() == 0
+        return (torch.arange(len(texts)) % 2).float().reshape(len(problems), group_size).expand(2, -1, -1)
+
+    monkeypatch.setattr(lepo, "score", score)
     argv = ["--model", str(tmp_path / "model"), "--data", str(SHARED / "data/gsm8k"), "--prompts_per_step", "2",
             "--group_size", "2", "--max_new_tokens", "48", "--latent_steps", "8", "--steps", "2", "--eval_problems", "2",
             "--eval_samples", "2", "--save_every", "1", "--kl_coef", "0.01", "--device", "cpu"]  # fmt: skip
@@ -752,6 +813,7 @@ def test_real_tokenizer_and_gsm8k(tmp_path, capsys):
     lepo.main([*argv, "--steps", "1", "--out", str(tmp_path / "half")])
     first, second = ((tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("half", "whole"))
     assert json.loads(first[0])["length"] == json.loads(second[0])["length"]
+    assert all(json.loads(row)["grad_norm"] > 0 for row in second)
     lepo.main(["--resume", str(tmp_path / "half"), "--steps", "2"])
     assert len((tmp_path / "half/log.jsonl").read_text().splitlines()) == 2
 

@@ -1,6 +1,6 @@
 """The built-in task and the tiny model that is pretrained on it.
 
-    python tiny.py             # remake tiny/ (about 10 minutes on 2 CPU cores) and print its accuracies
+    python tiny.py             # remake tiny/ (about 11 minutes on 2 CPU cores) and print its accuracies
     python tiny.py --steps 50  # a quick, unfinished one, to see the machinery
 
 RL needs three things that a laptop does not have: a pretrained model, problems whose answers can be
