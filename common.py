@@ -107,7 +107,7 @@ class Problem:
 
 
 class Problems:
-    """stream[i] for i = 0, 1, 2, …: endless. A finite list is reshuffled for every epoch; the built-in task never ends.
+    """stream[i] for i = 0, 1, 2, …: endless. A list is reshuffled in every epoch; the built-in task never ends.
 
     `size` is the number of different problems, or None when they are unlimited.
     """
@@ -164,8 +164,8 @@ def load_hub_problems(path, config, split):
         rows = load_dataset(path, config, split=split)
     except Exception as error:  # the hub's errors are many (no network, no such set, no cache); all mean the same here
         raise UserError(
-            f"cannot load the data set {path} ({type(error).__name__}): check the network and that the package datasets "
-            "is installed, or give a local .jsonl file"
+            f"cannot load the data set {path} ({type(error).__name__}): check the network and that the package "
+            "datasets is installed, or give a local .jsonl file"
         ) from None
     return [parse_row(row, f"{path}[{i}]") for i, row in enumerate(rows)]
 

@@ -133,7 +133,7 @@ def build_parser():
     flag("device", "cuda" if torch.cuda.is_available() else "cpu", "cuda: bfloat16 compute; cpu: float32",
          choices=["cuda", "cpu"])  # fmt: skip
     group.add_argument("--out", help="run folder [a new one under runs/]")
-    group.add_argument("--resume", metavar="FOLDER", help="continue a run; flags given beside it replace saved ones")
+    group.add_argument("--resume", metavar="FOLDER", help="continue a run; flags beside it replace saved ones")
     return parser
 
 
@@ -153,7 +153,8 @@ def parse_args(argv=None):
         *((getattr(args, name) >= 0, f"--{name} cannot be negative") for name in not_negative),
         (args.steps >= done, f"this run has done {done} steps: --steps must be at least that"),
         (not (state and args.out), "--resume goes on in its own folder: leave --out away"),
-        (args.model == begun["model"] and args.device == begun["device"], "--model and --device cannot change in a run"),
+        (args.model == begun["model"], "--model cannot change in a run"),
+        (args.device == begun["device"], "--device cannot change in a run: each has a random generator of its own"),
         (args.group_size >= 2, "--group_size must be at least 2: an advantage compares rollouts"),
         (args.latent_steps < args.max_new_tokens, "--latent_steps must leave --max_new_tokens room to write"),
         (args.tau > 0 and args.temperature > 0, "--tau and --temperature must be above 0"),
@@ -456,7 +457,9 @@ def train_step(lm, start, optimizer, stream, state, args, generator):
         group["lr"] = learning_rate(step, args)
     state |= {"step": step + 1, "position": position}  # before the update: one that fails is not tried again
     metrics = update(lm, start, optimizer, roll, advantages, args)
-    latent = roll.weights[:, : args.latent_steps][roll.mask()[:, : args.latent_steps]]  # (latent steps executed, K)
+    is_latent = roll.mask()[:, : args.latent_steps]  # (N, latent steps)
+    weights = roll.weights[:, : args.latent_steps]  # (N, latent steps, K)
+    effective_k = 1 / weights[is_latent].square().sum(-1)  # (latent steps executed,)
     row = {
         "step": step,
         "reward": strict.mean().item(),
@@ -464,7 +467,7 @@ def train_step(lm, start, optimizer, stream, state, args, generator):
         "length": roll.length.float().mean().item(),
         "stopped": roll.stopped.float().mean().item(),
         "zero_advantage": (advantages == 0).float().mean().item(),
-        "effective_k": (1 / latent.square().sum(-1)).mean().item() if len(latent) else 1.0,
+        "effective_k": effective_k.mean().item() if len(effective_k) else 1.0,
         "lr": learning_rate(step, args),
         **metrics,
     }
@@ -474,7 +477,9 @@ def train_step(lm, start, optimizer, stream, state, args, generator):
         "rollout_seconds": rolled - began,
         "tokens_per_second": roll.length.sum().item() / (rolled - began),
     }
-    return row, timing, describe(lm, roll, 0, problems[0], texts[0], strict[0, 0].item(), args.latent_steps)
+    n = int(((1 - weights.amax(-1)) * is_latent).sum(1).argmax())  # the rollout with the softest thoughts is shown
+    problem, reward = problems[n // args.group_size], strict.flatten()[n].item()
+    return row, timing, describe(lm, roll, n, problem, texts[n], reward, args.latent_steps)
 
 
 def train(lm, start, optimizer, stream, held_out, state, args, generator, folder, began):

@@ -4,7 +4,7 @@
     pytest test_lepo.py -k density   # one subject
 
 In the order of lepo.py: the latent token, the rollout and its replay, advantages, log-probabilities, the update, and
-runs of the script. Monte-Carlo tests use fixed seeds, bounds of 4 standard errors or more, and for tests of fit p = .001.
+runs of the script. Monte-Carlo tests use fixed seeds, bounds of 4 standard errors or more, tests of fit p = .001.
 """
 
 import itertools
@@ -38,8 +38,8 @@ PAD, STOP = 0, 1
 def settings(**changed):
     """The fields of lepo.py's arguments that its functions read, at the paper's values, unfiltered."""
     values = dict(tau=0.5, noise="gumbel", draws=3, estimator="soft", temperature=1.0, top_k=0, top_p=1.0,
-                  latent_steps=3, max_new_tokens=6, clip=0.2, kl_coef=0.0, micro_batch=64, updates_per_batch=1, grad_clip=1e9,
-                  gradient_checkpointing=False, verifier_reads="written")  # fmt: skip
+                  latent_steps=3, max_new_tokens=6, clip=0.2, kl_coef=0.0, micro_batch=64, updates_per_batch=1,
+                  grad_clip=1e9, gradient_checkpointing=False, verifier_reads="written")  # fmt: skip
     return SimpleNamespace(**values | changed)
 
 
@@ -413,7 +413,7 @@ def smooth_reward(z):
 
 
 def test_infinite_noise_cannot_occur(monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "exponential_", lambda self, generator: self.zero_())  # what some platforms can draw
+    monkeypatch.setattr(torch.Tensor, "exponential_", lambda self, generator: self.zero_())  # some platforms can
     assert torch.isfinite(lepo.gumbel_noise((3,), None, "cpu")).all()
 
 
@@ -805,8 +805,8 @@ def test_real_tokenizer_and_gsm8k(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(lepo, "score", score)
     argv = ["--model", str(tmp_path / "model"), "--data", str(SHARED / "data/gsm8k"), "--prompts_per_step", "2",
-            "--group_size", "2", "--max_new_tokens", "48", "--latent_steps", "8", "--steps", "2", "--eval_problems", "2",
-            "--eval_samples", "2", "--save_every", "1", "--kl_coef", "0.01", "--device", "cpu"]  # fmt: skip
+            "--group_size", "2", "--max_new_tokens", "48", "--latent_steps", "8", "--steps", "2",
+            "--eval_problems", "2", "--eval_samples", "2", "--save_every", "1", "--kl_coef", "0.01", "--device", "cpu"]  # fmt: skip
     lepo.main([*argv, "--out", str(tmp_path / "whole")])
     expected = last_line(capsys)
     assert expected["length"] > 0 and expected["model"] == str(tmp_path / "model")

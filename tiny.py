@@ -232,8 +232,8 @@ def pretrain(model, tokenizer, steps, batch_size, lr, seed):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 4. What it can do: noise-free accuracy by kind of problem and note. The numbers that matter to the three methods: mixed
-#    without a note (near .5), single with the right note (near 1), single without a note (near 0).
+# 4. What it can do: noise-free accuracy by kind of problem and note. The numbers that matter to the three methods:
+#    mixed without a note (near .5), single with the right note (near 1), single without a note (near 0).
 
 
 @torch.no_grad()

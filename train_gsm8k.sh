@@ -6,29 +6,30 @@
 #   bash train_gsm8k.sh --steps 20       # flags are passed on to both runs
 #
 # Each run evaluates the model before and after on the whole test set. A run that was stopped is continued by starting
-# the script again. Not measured: the memory and time figures below are arithmetic, not readings.
+# the script again. No GPU was at hand when this was written: the memory figures are arithmetic, not readings.
 set -euo pipefail
 cd "$(dirname "$0")"
 seed=${SEED:-0}
 
 flags=(
-  --model Qwen2.5-0.5B          # base model, as in the paper (which starts at 3B); about 494M parameters
+  --model Qwen2.5-0.5B          # base model, 494M parameters; the paper starts at 3B
   --data gsm8k                  # 7,473 training problems; 1,319 test problems
   --prompts_per_step 32         # x 8 rollouts = 256 rows. The paper's 128 x 8 is steadier and takes four times as long
   --group_size 8                # the paper's G
-  --max_new_tokens 400          # a GSM8K solution takes 100 to 300 tokens; longer ones are mostly repetition
+  --max_new_tokens 400          # a GSM8K solution takes 100 to 300 tokens. LEPO's 64 latent steps count: equal compute
   --steps 200                   # 6,400 of the 7,473 problems: under one epoch, nothing is seen twice
   --warmup 6                    # 3 %, the paper's
-  --lr 1e-6                     # the paper's; larger ones make a 0.5B model forget how to stop
-  --micro_batch 4               # rows per backward pass: logits 4 x 400 x 151,936 in float32 are 1 GB, held about four times
+  --lr 1e-6                     # the paper's
+  --micro_batch 4               # rows per backward pass: 4 x 400 x 151,936 logits in float32 are 1 GB, held about four times
   --eval_problems 1319          # all of them: standard error 1.4 points at 50 % accuracy
   --eval_samples 8              # pass@8
-  --eval_every 0                # evaluation is as dear as ten steps: only at the two ends
+  --eval_every 0                # a noise-free evaluation costs the rollouts of five steps, a full one those of fifty
   --save_every 20
   --seed "$seed"
 )
-# Memory: float32 weights, gradients and Adam's two moments of 494M parameters 7.9 GB; KV cache of 256 rows x 700
-# positions x 12,288 bytes 2.2 GB (rollout only); logits about 4 GB and activations about 3 GB (update only).
+# Memory: float32 weights, gradients and Adam's two moments of 494M parameters 7.9 GB, bf16 copies of the weights 1 GB.
+# Then either the rollout: KV cache of 256 rows x 700 positions x 24 layers x 128 x (4 + 2) bytes, 3.3 GB;
+# or the update: logits about 4 GB, activations about 3 GB; or Adam's temporaries, 2 GB.
 
 run() {  # run <folder> <flags>: start it, or continue it, or leave it when it is done
   if [ -f "$1/result.json" ]; then echo "$1 is done"
