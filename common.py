@@ -18,11 +18,15 @@ import os
 import random
 import re
 import signal
+import socket
 import sys
+import urllib.parse
+import urllib.request
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
+import huggingface_hub
 import torch
 import torch.nn.functional as F
 import transformers
@@ -157,7 +161,19 @@ def read_jsonl(path):
     return problems
 
 
+def offline_without_network():
+    """Without a network the hub's libraries retry for a minute, even for what lies in their cache. Spare us that."""
+    host = urllib.parse.urlsplit(huggingface_hub.constants.ENDPOINT).hostname
+    try:
+        if not urllib.request.getproxies():
+            socket.getaddrinfo(host, 443)
+    except OSError:
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+        os.environ["HF_HUB_OFFLINE"] = "1"  # datasets, which is imported later, reads this one
+
+
 def load_hub_problems(path, config, split):
+    offline_without_network()
     try:
         from datasets import load_dataset  # here and not above: the built-in task and local files do without it
 
@@ -251,16 +267,14 @@ def to_number(text):
 
 
 def last_boxed(text):
-    """Content of the last complete \\boxed{…}, braces balanced; None without one."""
-    start = text.rfind("\\boxed{")
-    while start >= 0:
-        depth = 0
-        for i in range(start + 6, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[i], 0)
-            if depth == 0:
-                return text[start + 7 : i].strip()
-        start = text.rfind("\\boxed{", 0, start)
-    return None
+    """Content of the last complete \\boxed{…}, braces balanced; None without one. One pass, whatever the text."""
+    stack, start, content = [], -1, None
+    for brace in re.finditer(r"\\boxed\{|[{}]", text):
+        if brace.group() != "}":
+            stack.append(brace)
+        elif stack and len((opening := stack.pop()).group()) > 1 and opening.end() > start:
+            start, content = opening.end(), text[opening.end() : brace.start()].strip()
+    return content
 
 
 def _math_verify(prediction, truth):
@@ -369,6 +383,9 @@ def load_model(name, device):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     path = resolve_model(name)
+    if not Path(path).is_dir():
+        print(f"looking for {path} on the hub", flush=True)
+        offline_without_network()
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True)

@@ -78,7 +78,8 @@ def operations(text):
 
 
 def build_parser():
-    parser = common.Parser(description="LEPO and, with --latent_steps 0, GRPO. The file's first page explains both.")
+    about = "LEPO and, with --latent_steps 0, GRPO. The first page of the file explains both."
+    parser = common.Parser(usage="%(prog)s [flags]", description=about)
 
     def flag(name, default, text, **options):
         tiny_too = f"; tiny: {TINY[name]}" if name in TINY else ""
@@ -89,7 +90,7 @@ def build_parser():
     flag("model", "tiny", "tiny, a local folder, a hub id, or a bare Qwen name")
     flag("data", "gsm8k", "tiny, gsm8k, a .jsonl file, or a folder with train.jsonl and test.jsonl")
     group.add_argument("--eval_data", help="as --data, or math500 [the test split of --data]")
-    flag("ops", [2, 5], "built-in task: operations per chain, low-high", type=operations)
+    flag("ops", "2-5", "built-in task: operations per chain, low-high", type=operations)
     flag("kind", "mixed", "built-in task: signs in a chain", choices=["mixed", "plus", "minus", "single"])
     flag("max_prompt_tokens", 512, "problems with longer prompts are passed over")
 

@@ -45,7 +45,9 @@ def test_numbers_are_compared_as_numbers(a, b, equal):
 def test_last_boxed():
     assert common.last_boxed(r"so \boxed{1} or \boxed{\frac{1}{2}} it is") == r"\frac{1}{2}"
     assert common.last_boxed(r"\boxed{7} and then \boxed{8") == "7"
+    assert common.last_boxed(r"\boxed{\boxed{3}} }") == "3"
     assert common.last_boxed("no box") is None
+    assert common.last_boxed(r"\boxed{" * 100_000) is None  # in no time
 
 
 @pytest.mark.parametrize("text, strict, flexible", [

@@ -624,6 +624,18 @@ def test_gradient_checkpointing_changes_nothing():
     assert not lm.model.training
 
 
+def test_bfloat16_compute_as_on_a_gpu(monkeypatch):
+    """autocast on the CPU stands in for the GPU's: dtypes fit together, and the gradient points the same way."""
+    lm, args = random_model(), settings()
+    roll, advantages = roll_out(lm, args), torch.randn(12, generator=torch.Generator().manual_seed(0))
+    plain, _ = gradients(lm, roll, advantages, args)
+    monkeypatch.setattr(common, "autocast", lambda _: torch.autocast("cpu", torch.bfloat16))
+    assert roll_out(lm, args).weights.dtype == torch.float32
+    coarse, _ = gradients(lm, roll, advantages, args)
+    a, b = (torch.cat([g.flatten() for g in each.values()]) for each in (plain, coarse))
+    assert b.dtype == torch.float32 and not torch.equal(a, b) and F.cosine_similarity(a, b, dim=0) > 0.99
+
+
 def test_second_pass_uses_the_first_ones_log_probabilities():
     lm, args = random_model(), settings(updates_per_batch=2, clip=1e-6, micro_batch=5)
     roll, advantages = roll_out(lm, args), torch.randn(12, generator=torch.Generator().manual_seed(0))
@@ -806,7 +818,8 @@ def test_real_tokenizer_and_gsm8k(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(lepo, "score", score)
     argv = ["--model", str(tmp_path / "model"), "--data", str(SHARED / "data/gsm8k"), "--prompts_per_step", "2",
             "--group_size", "2", "--max_new_tokens", "48", "--latent_steps", "8", "--steps", "2",
-            "--eval_problems", "2", "--eval_samples", "2", "--save_every", "1", "--kl_coef", "0.01", "--device", "cpu"]  # fmt: skip
+            "--eval_problems", "2", "--eval_samples", "2", "--save_every", "1", "--kl_coef", "0.01",
+            "--device", "cpu"]  # fmt: skip
     lepo.main([*argv, "--out", str(tmp_path / "whole")])
     expected = last_line(capsys)
     assert expected["length"] > 0 and expected["model"] == str(tmp_path / "model")
