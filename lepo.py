@@ -32,9 +32,11 @@ proves each of these statements; `latent_log_prob` below is where to compare the
 
 Differences from the official code (github.com/YuyanZhou/lepo, a TRL 0.21 trainer), and why:
   - What the verifier reads. There, the argmax of the clean scores stands in as the "token" of a latent step: it is
-    parsed with the answer and its EOS ends the rollout, although the model never saw it. Here the stand-in is the
-    heaviest candidate of the executed mixture; it can end a rollout, but the verifier reads written text only:
-    reward comes from what the model wrote after thinking. `--verifier_reads all` adds the stand-ins (README has both).
+    parsed with the answer and its EOS ends the rollout, although the model may have been fed quite another mixture.
+    Here the heaviest candidate of the executed mixture stands in, for both. Reading only what was written
+    (`--verifier_reads written`) was measured: the same to the last digit where thoughts end before the answer, and far
+    worse where they can contain it (README), since a thought that ends with the right answer is called wrong. And
+    only with the stand-ins is the limit tau -> 0 plain GRPO in the reward, too.
   - The ratio in (6). There, latent steps have none, and with the released settings it is 1 everywhere: on-policy
     REINFORCE. Here both kinds of step use (6), which is the same at the first update of a batch and clips the later
     ones when `--updates_per_batch` > 1. At latent steps rho is a pseudo-ratio (a geometric mean under z), no true one.
@@ -103,8 +105,8 @@ def build_parser():
     flag("draws", 3, "tokens averaged by --noise multinomial")
     flag("estimator", "soft", "log-probability of a latent step: (5), that of its argmax, or an exact density",
          choices=["soft", "hard", "concrete", "gumbel"])  # fmt: skip
-    flag("verifier_reads", "written", "all: the heaviest candidates of latent steps belong to the text that is judged",
-         choices=["written", "all"])  # fmt: skip
+    flag("verifier_reads", "all", "the text that is judged: of all steps (of a latent one its heaviest candidate), or "
+         "the written ones only", choices=["all", "written"])  # fmt: skip
     flag("temperature", 1.0, "T in (1)")
     flag("top_k", 30, "candidates kept in (1); 0 keeps the vocabulary")
     flag("top_p", 0.95, "probability mass kept in (1)")

@@ -63,7 +63,7 @@ def figure(groups, path):
     import matplotlib.pyplot as plt
 
     panels = [("greedy", "noise-free accuracy, held-out"), ("reward", "reward of training rollouts (mean of 5 steps)")]
-    _, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
+    picture, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
     for (key, title), axis in zip(panels, axes, strict=True):
         for name, runs in sorted(groups.items()):
             curves = []
@@ -84,9 +84,8 @@ def figure(groups, path):
                 axis.fill_between(steps, low, high, alpha=0.15)
         axis.set(title=title, xlabel="step", ylim=(0, 1.02))
         axis.grid(alpha=0.3)
-    axes[0].legend(loc="lower right")
-    plt.tight_layout()
-    plt.savefig(path, dpi=120)
+    picture.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    picture.savefig(path, dpi=120)
 
 
 def main(argv=None):
