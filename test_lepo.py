@@ -262,8 +262,9 @@ def test_written_tokens_are_sampled_from_the_policy():
     assert cells == 13 and chi2 < 32.9  # 12 degrees of freedom, p = .001
 
 
-def test_a_stop_inside_the_latent_prefix_ends_the_row_and_what_follows_has_no_weight():
-    lm, args = random_model(), settings(latent_steps=5, max_new_tokens=7)
+@pytest.mark.parametrize("estimator", ["soft", "hard", "concrete", "gumbel"])
+def test_a_stop_inside_the_latent_prefix_ends_the_row_and_what_follows_has_no_weight(estimator):
+    lm, args = random_model(), settings(latent_steps=5, max_new_tokens=7, estimator=estimator)
     roll = roll_out(lm, args, group_size=16)
     early = (roll.length < 5) & roll.stopped
     assert early.any()
@@ -672,6 +673,7 @@ def test_same_seed_same_log_and_the_contract_of_the_last_line(tmp_path, capsys):
         results.append(last_line(capsys))
     assert (tmp_path / "a/log.jsonl").read_bytes() == (tmp_path / "b/log.jsonl").read_bytes()
     assert len((tmp_path / "a/log.jsonl").read_text().splitlines()) == 5
+    assert common.read_checkpoint_state(tmp_path / "a/checkpoint.safetensors")["position"] == 5 * 4  # no problem twice
     keys = "method model seed steps seconds greedy_before greedy sampled_before sampled pass@2 length greedy_no_latents"
     assert set(keys.split()) <= set(results[0])
     assert {**results[0], "seconds": 0} == {**results[1], "seconds": 0}
