@@ -180,7 +180,11 @@ def parse_args(argv=None):
 
 
 def support(logits, temperature, top_k, top_p):
-    """Equation (1). logits (B, V) -> ids (B, K) and log_probs (B, K), descending; -inf off the support."""
+    """Equation (1). logits (B, V) -> ids (B, K) and log_probs (B, K), descending; -inf off the support.
+
+    The smallest set of top_k whose mass reaches top_p survives: probabilities .6, .3, .1 at top_p .8 keep two, and the
+    two are renormalised to .67 and .33. Never empty.
+    """
     values, ids = (logits / temperature).topk(min(top_k or logits.shape[-1], logits.shape[-1]), dim=-1)  # (B, K)
     probs = values.softmax(-1)  # (B, K)
     outside = probs.cumsum(-1) - probs >= top_p  # the mass before a candidate already reaches top_p; never the first
@@ -196,6 +200,9 @@ def gumbel_noise(shape, generator, device):
 
 def latent_token(ids, log_probs, gumbel, generator, args):
     """Equation (2), or another kind of noise: candidates (B, K) -> SoftToken. `gumbel` None: the noise-free mixture.
+
+    The weights are made of a few float32 candidates and stay constants from here on: no gradient ever flows through
+    the noise, so the reward needs no derivative.
 
     gaussian: normal noise on the log-probabilities, std = tau x their rms.  dirichlet: z ~ Dirichlet(tau x probs).
     multinomial: z = token counts of `draws` draws / draws; then (5) times `draws` is exactly unbiased, if nothing was
@@ -272,7 +279,11 @@ def score(texts, problems, group_size):
 
 
 def group_advantages(rewards):
-    """Equation (4): rewards (P, G) -> advantages (P, G), with the unbiased (n - 1) standard deviation."""
+    """Equation (4): rewards (P, G) -> advantages (P, G), with the unbiased (n - 1) standard deviation.
+
+    Rewards 1, 1, 0, 0 give .87, .87, -.87, -.87. A single right rollout among four gets 1.5 and the others -.5: what
+    succeeds rarely is pushed harder. Four equal rewards give four zeros.
+    """
     return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
 
 
@@ -327,7 +338,11 @@ def trajectory_log_probs(lm, roll, rows, args):
 
 
 def surrogate(log_probs, old_log_probs, advantages, clip):
-    """The summand of (6) and where clipping acts: log_probs, old_log_probs (B, T), advantages (B, 1) -> (B, T) twice"""
+    """The summand of (6) and where clipping acts: log_probs, old_log_probs (B, T), advantages (B, 1) -> (B, T) twice
+
+    With eps .2, ratio 1.5 and A = 1 give 1.2 without a gradient: this step has been encouraged enough. Ratio 1.5 and
+    A = -1 give -1.5, unclipped: it has moved the wrong way and is pulled back in full.
+    """
     # Bounded before exp: an overflow would turn into inf * 0 = NaN in the masked sum.
     ratio = (log_probs - old_log_probs).clamp(-10, 10).exp()
     plain, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
@@ -401,6 +416,7 @@ def evaluate(lm, held_out, args, full):
     generator = torch.Generator(args.device).manual_seed(12345)
 
     def run(name, group_size, latent_steps, noisy):
+        # As many rows at once as a training rollout has: what fits there fits here.
         size, parts = max(1, args.prompts_per_step * args.group_size // group_size), []
         for i in tqdm(range(0, len(prompts), size), desc=f"evaluating: {name}", leave=False, disable=None):
             roll = rollout(lm, prompts[i : i + size], group_size, args, generator, latent_steps, noisy)
@@ -489,6 +505,8 @@ def train(lm, start, optimizer, stream, held_out, state, args, generator, folder
     """Steps until the last one or an interrupt. -> True when all steps are done."""
     log = common.RunLog(folder, state["step"])
 
+    # What a run is: weights, optimiser, generator, and `state`. All of it is saved together or not at all, so a
+    # resumed run cannot tell that it was interrupted.
     def save():
         state["seconds"] = time.time() - began
         common.save_checkpoint(folder / "checkpoint.safetensors", lm.model, optimizer, generator, state)
