@@ -489,13 +489,13 @@ def decode(lm, prompts, group_size, max_new_tokens, choose):
     the batch. -> Rollout
     """
     device = lm.model.device
-    stop = torch.tensor(lm.stop_ids, device=device)
+    stop = torch.tensor(lm.stop_ids, device=device)  # (stop ids,)
     total = len(prompts) * group_size
     prompt_ids, mask = left_pad(prompts, lm.pad_id, device)  # (P, L)
     cache = DynamicCache(config=lm.model.config)
     tokens = []  # per step: (rows, SoftToken)
-    length = torch.full((total,), max_new_tokens, device=device)
-    stopped = torch.zeros(total, dtype=torch.bool, device=device)
+    length = torch.full((total,), max_new_tokens, device=device)  # (N,)
+    stopped = torch.zeros(total, dtype=torch.bool, device=device)  # (N,)
 
     with autocast(device):
         logits = lm.model(

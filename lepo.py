@@ -306,16 +306,16 @@ def latent_log_prob(log_p, weights, scores, estimator, tau):
     if estimator == "hard":
         return log_p.gather(-1, weights.argmax(-1, keepdim=True)).squeeze(-1)
     inside = scores > -math.inf  # (…, K)
-    log_p = log_p.masked_fill(~inside, -math.inf).log_softmax(-1).masked_fill(~inside, 0)  # l, as in (1)
-    scores = scores.masked_fill(~inside, 0)
+    log_p = log_p.masked_fill(~inside, -math.inf).log_softmax(-1).masked_fill(~inside, 0)  # l of (1), (…, K)
+    scores = scores.masked_fill(~inside, 0)  # (…, K)
     if estimator == "gumbel":
-        margin = scores - log_p
+        margin = scores - log_p  # (…, K)
         return ((-margin - (-margin).exp()) * inside).sum(-1)
     # z itself would underflow where log z does not: log z = scores / tau - const, from the scores.
-    log_z = (scores / tau).masked_fill(~inside, -math.inf).log_softmax(-1).masked_fill(~inside, 0)
-    m = inside.sum(-1)
-    pull = (log_p - tau * log_z).masked_fill(~inside, -math.inf).logsumexp(-1)
-    constant = m.float().lgamma() + (m - 1) * math.log(tau)
+    log_z = (scores / tau).masked_fill(~inside, -math.inf).log_softmax(-1).masked_fill(~inside, 0)  # (…, K)
+    m = inside.sum(-1)  # (…)
+    pull = (log_p - tau * log_z).masked_fill(~inside, -math.inf).logsumexp(-1)  # (…)
+    constant = m.float().lgamma() + (m - 1) * math.log(tau)  # (…)
     return constant + ((log_p - (tau + 1) * log_z) * inside).sum(-1) - m * pull
 
 
@@ -344,14 +344,14 @@ def surrogate(log_probs, old_log_probs, advantages, clip):
     A = -1 give -1.5, unclipped: it has moved the wrong way and is pulled back in full.
     """
     # Bounded before exp: an overflow would turn into inf * 0 = NaN in the masked sum.
-    ratio = (log_probs - old_log_probs).clamp(-10, 10).exp()
-    plain, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
+    ratio = (log_probs - old_log_probs).clamp(-10, 10).exp()  # (B, T)
+    plain, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages  # (B, T)
     return torch.minimum(plain, clipped), clipped < plain
 
 
 def exact_kl(logits, start_logits):
     """KL(pi_theta || pi_start) at each step, over the whole vocabulary. (B, T, V) twice -> (B, T)"""
-    log_p, log_q = logits.log_softmax(-1), start_logits.log_softmax(-1)
+    log_p, log_q = logits.log_softmax(-1), start_logits.log_softmax(-1)  # (B, T, V)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
@@ -520,6 +520,8 @@ def train(lm, start, optimizer, stream, held_out, state, args, generator, folder
             try:
                 row, timing, sample = train_step(lm, start, optimizer, stream, state, args, generator)
             except UserError:
+                if state["step"] == step_start["step"]:
+                    generator.set_state(dice)  # it failed before the update: the step can be tried again
                 save()
                 raise
             except (RuntimeError, MemoryError) as error:

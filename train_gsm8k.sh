@@ -6,7 +6,7 @@
 #   bash train_gsm8k.sh --steps 20       # flags are passed on to both runs
 #
 # Each run evaluates the model before and after on the whole test set. A run that was stopped is continued by starting
-# the script again. No GPU was at hand when this was written: the memory figures are arithmetic, not readings.
+# the script again, with the flags it began with. No GPU was at hand when this was written: the memory figures are arithmetic, not readings.
 set -euo pipefail
 cd "$(dirname "$0")"
 seed=${SEED:-0}
