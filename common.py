@@ -1,8 +1,8 @@
 """What the three methods share and what is not the method: problems, verifier, models, decoding, logs, checkpoints.
 
 Read a method script first (lepo.py); come here for the details that it takes for granted. In order:
-1. errors and interrupts, 2. problems, 3. the verifier, 4. models, 5. decoding from embeddings and its exact replay,
-6. pass@k, run folders and checkpoints.
+1. errors, interrupts and several processes, 2. problems, 3. the verifier, 4. models, 5. decoding from embeddings, its
+exact replay and the log-probabilities of what was executed, 6. pass@k, run folders and checkpoints.
 
 Shapes: P prompts, G rollouts a prompt, N = P * G, B rows, T steps, K candidates of a soft token, V vocabulary, D width.
 """
@@ -10,6 +10,9 @@ Shapes: P prompts, G rollouts a prompt, N = P * G, B rows, T steps, K candidates
 import argparse
 import atexit
 import contextlib
+import copy
+import ctypes
+import functools
 import importlib.util
 import json
 import math
@@ -22,17 +25,20 @@ import socket
 import sys
 import urllib.parse
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
 import huggingface_hub
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache
 
 import tiny
 
@@ -58,7 +64,8 @@ def run_main(main):
     try:
         code = main()
     except (UserError, OSError) as error:  # OSError: a full disk, a folder without permission
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # processes started together find the same mistake
+            print(f"error: {error}", file=sys.stderr)
         code = 2
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -68,6 +75,8 @@ def run_main(main):
         code = 2
     except KeyboardInterrupt:
         code = 130
+    if dist.is_initialized():
+        dist.destroy_process_group()
     sys.exit(code)
 
 
@@ -94,6 +103,84 @@ class StopSignal:
     def __exit__(self, *exc):
         for signum, handler in self.previous.items():
             signal.signal(signum, handler)
+
+
+# Several processes, one for each GPU, started by torchrun: each takes its share of the prompts and sees the noise that
+# one process alone would have given it; what they find is summed. All keep equal weights and equal generators, so
+# process 0 can write the log and the checkpoint for all. Without torchrun these functions change nothing.
+
+
+def start_processes(device):
+    """Join the other processes when torchrun started this one. Only process 0 prints."""
+    if "WORLD_SIZE" in os.environ:
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        if dist.get_rank():
+            sys.stdout = open(os.devnull, "w")
+
+
+def process():
+    """-> (number of this process, number of processes)"""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def share(count):
+    """The part of range(count) that falls to this process, as a slice. Parts differ by at most one."""
+    number, total = process()
+    return slice(count * number // total, count * (number + 1) // total)
+
+
+def all_reduce(tensor, op="SUM"):
+    """Sum (or MAX …) of a tensor over all processes, in place -> the same tensor, on whatever device it is."""
+    if dist.is_initialized():
+        wire = tensor.to(torch.cuda.current_device()) if dist.get_backend() == "nccl" else tensor
+        dist.all_reduce(wire, getattr(dist.ReduceOp, op))
+        tensor.copy_(wire)
+    return tensor
+
+
+def reduce_gradients(model):
+    """Sum every weight's gradient over all processes, one that has none counting as 0."""
+    if dist.is_initialized():
+        for weight in model.parameters():
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            all_reduce(weight.grad)
+
+
+def progress(*args, **kwargs):
+    """A tqdm bar, shown by process 0 on a terminal."""
+    return tqdm(*args, disable=True if process()[0] else None, **kwargs)
+
+
+def mean(values):
+    """Mean of a tensor's values over all processes -> float; NaN when there are none."""
+    total, count = all_reduce(torch.tensor([values.sum(), values.numel()], dtype=torch.float64)).tolist()
+    return total / count if count else math.nan
+
+
+def gather(values):
+    """Concatenate the tensors of all processes along dimension 1, in their order: (C, own, …) -> (C, all, …)"""
+    number, total = process()
+    sizes = torch.zeros(total, dtype=torch.long)
+    sizes[number] = values.shape[1]
+    sizes = all_reduce(sizes).tolist()
+    whole = values.new_zeros(values.shape[0], sum(sizes), *values.shape[2:])
+    whole[:, sum(sizes[:number]) :][:, : sizes[number]] = values
+    return all_reduce(whole)
+
+
+def synchronise(generator, steps):
+    """Make the generators of all processes equal again after a rollout. One that took fewer steps than others has
+    drawn less noise: all go on from the one that took the most, as a single process would."""
+    number, total = process()
+    if total > 1:
+        taken = torch.zeros(total, dtype=torch.long)
+        taken[number] = steps
+        state = generator.get_state()
+        if number != int(all_reduce(taken).argmax()):
+            state.zero_()
+        generator.set_state(all_reduce(state))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -317,14 +404,15 @@ judge = MathJudge()
 
 def answers_equal(prediction, truth):
     """Numbers are compared as numbers, equal strings are equal, and only other formulas go to math-verify."""
+    if prediction.strip() == truth.strip():
+        return True
     a, b = to_number(prediction), to_number(truth)
     if a is not None and b is not None:
         return a == b
-    if prediction.strip() == truth.strip():
-        return True
     return 0 < len(prediction) <= 200 and judge.equal(prediction, truth)
 
 
+@functools.lru_cache(maxsize=4096)  # rollouts of a group often say the same
 def verify(text, problem):
     """(strict, flexible) scores, each 0.0 or 1.0, of a completion's text. Nothing in the text is ever executed."""
     if problem.form == "think":
@@ -332,11 +420,10 @@ def verify(text, problem):
         prediction = found and found.group(1)
     else:
         prediction = last_boxed(text)
-    strict = bool(prediction) and answers_equal(prediction, problem.answer)
-    numbers = NUMBER.findall(text)
-    truth = to_number(problem.answer)
-    flexible = strict or bool(numbers) and truth is not None and to_number(numbers[-1]) == truth
-    return float(strict), float(flexible)
+    if prediction and answers_equal(prediction, problem.answer):
+        return 1.0, 1.0
+    numbers, truth = NUMBER.findall(text), to_number(problem.answer)
+    return 0.0, float(bool(numbers) and truth is not None and to_number(numbers[-1]) == truth)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -368,18 +455,48 @@ def resolve_model(name):
 class LanguageModel:
     """A model with what one needs to sample from it and to read the samples."""
 
-    model: torch.nn.Module
+    model: torch.nn.Module  # the float32 masters
     tokenizer: object
     stop_ids: list  # any of these ends a text
     pad_id: int
+    half: torch.nn.Module = field(default=None, init=False)  # see `player`
+    decoder: "Decoder" = field(default=None, init=False)  # of the last rollout, kept for the next
 
     @property
     def table(self):
         return self.model.get_input_embeddings().weight  # (V, D)
 
+    @property
+    def head(self):
+        return self.model.get_output_embeddings().weight  # (V, D)
+
+    def player(self):
+        """The model that rollouts run on: on a CPU the masters themselves; on a GPU a bfloat16 copy of them, half the
+        bytes to read at every step, which this call makes equal to the masters as they are now."""
+        if compute_dtype(self.model.device) == torch.float32:
+            return self.model
+        if self.half is None:
+            self.half = copy.deepcopy(self.model).requires_grad_(False)
+            for weight in self.half.parameters():  # parameters only: rotary frequencies must stay float32
+                weight.data = weight.data.bfloat16()
+        with torch.no_grad():
+            for weight, master in zip(self.half.parameters(), self.model.parameters(), strict=True):
+                weight.copy_(master)
+        return self.half
+
+    def decoder_for(self, rows, columns):
+        """A decoder with room for so many, with the weights of now: the last rollout's where it will do."""
+        model, old = self.player(), self.decoder
+        if old is None or old.model is not model or old.rows < rows or old.columns < columns:
+            self.decoder = old = None  # frees its memory first
+            self.decoder = Decoder(model, rows, -(-columns // 64) * 64)
+        return self.decoder
+
 
 def load_model(name, device):
     """-> LanguageModel in eval mode, float32, without dropout. UserError when the model cannot be had."""
+    if device == "cpu":
+        keep_freed_memory()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     path = resolve_model(name)
@@ -401,7 +518,27 @@ def load_model(name, device):
     if not stop_ids:
         raise UserError(f"the model {path} names no end-of-sequence token; add eos_token_id to its config.json")
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
-    return LanguageModel(model.to(device).eval(), tokenizer, stop_ids, pad_id)
+    lm = LanguageModel(model.to(device).eval(), tokenizer, stop_ids, pad_id)
+    if not decodes_alike(lm):
+        raise UserError(
+            f"the model {path} computes something that is not supported here (sliding windows, scaled or capped logits"
+            " or embeddings, recurrent layers): give a plain one, such as a Qwen2.5 or a Llama"
+        )
+    return lm
+
+
+@torch.no_grad()
+def decodes_alike(lm):
+    """Does section 5, which takes a model apart into embeddings, body and head, give what the model itself gives?"""
+    kinds = set(getattr(lm.model.config, "layer_types", None) or ["full_attention"])
+    try:
+        ids = torch.arange(6, device=lm.model.device)
+        decoder = Decoder(lm.model, 1, 8)
+        ours = [decoder.prefill([ids[:-1].tolist()], lm.table, 0), decoder.step(lm.table[ids[-1:]])]
+        theirs = lm.model(ids[None]).logits[0, -2:]
+    except Exception:  # of models that are built otherwise: attributes that are missing, caches of another kind
+        return False
+    return kinds == {"full_attention"} and torch.allclose(torch.cat(ours), theirs, atol=1e-3, rtol=1e-3)
 
 
 def find_stop_ids(model, tokenizer):
@@ -414,9 +551,24 @@ def find_stop_ids(model, tokenizer):
     return sorted(stop - {None})
 
 
+def compute_dtype(device):
+    """bfloat16 on a GPU, float32 elsewhere."""
+    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+
+
+def keep_freed_memory():
+    """Ask the C library to keep what is freed. By default glibc returns larger blocks to the system, and a training
+    step on a CPU pays for every page it takes back: a tenth of an update of the tiny model. Linux only."""
+    trim, mmap, arenas = -1, -3, -8  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX of malloc.h
+    with contextlib.suppress(AttributeError, TypeError):
+        libc = ctypes.CDLL(None)
+        for option, value in ((trim, 2**31 - 1), (mmap, 2**25), (arenas, 1)):
+            libc.mallopt(option, value)
+
+
 def autocast(device):
-    """bfloat16 compute on a GPU, plain float32 elsewhere."""
-    on_gpu = torch.device(device).type == "cuda"
+    """Compute in compute_dtype, with float32 weights."""
+    on_gpu = compute_dtype(device) == torch.bfloat16
     return torch.autocast("cuda", torch.bfloat16) if on_gpu else contextlib.nullcontext()
 
 
@@ -466,103 +618,352 @@ def mix_embeddings(table, ids, weights):
     return flat.view(*ids.shape[:-1], table.shape[1])
 
 
-def left_pad(prompts, pad_id, device):
-    """-> ids (B, L), mask (B, L). Left, so that every row's last prompt token sits in the last column."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts], device=device)  # (B, L)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)  # (B, L)
-    return ids, mask
+class Decoder(Cache):
+    """A KV cache that never moves, and one decoding step over it: what makes rollouts fast.
 
+    Row n's position i is column i of one tensor per layer, preallocated, kept from rollout to rollout and written in
+    place; a cache that grows by concatenation copies all it holds at every step. Rows start at column 0 without
+    padding: what a shorter prompt leaves unused is overwritten before it can be seen. Each prompt runs once, for its
+    whole group. Only a last position ever meets the head.
 
-def positions_of(mask):
-    """Position ids under padding: a row's first real token is at 0, however much padding stands before it."""
-    return (mask.cumsum(-1) - 1).clamp(min=0)
-
-
-@torch.no_grad()
-def decode(lm, prompts, group_size, max_new_tokens, choose):
-    """Sample group_size completions of every prompt with a KV cache.
-
-    choose(logits (B, V) float32, t, rows (B,)) -> SoftToken: the method's decision at step t for the rows of the
-    batch that are still running. A row ends when its heaviest candidate is a stop id. Each prompt is prefilled once
-    and its cache shared out to the group; only the last position's logits are made; rows that have ended leave
-    the batch. -> Rollout
+    On a GPU the step of a small model is a thousand launches, each longer than its work. There it is captured as a
+    CUDA graph and replayed in one launch; batch size and attention width are rounded so that few graphs serve a whole
+    run. `forward` is all that is captured: it reads and writes at fixed addresses. Where capturing fails, `forward`
+    runs as it is.
     """
-    device = lm.model.device
+
+    def __init__(self, model, rows, columns):
+        super().__init__(layers=[])  # the attention layers call `update`, as on any cache of transformers
+        self.model, self.rows, self.columns = model, rows, columns
+        self.head = model.get_output_embeddings().weight  # (V, D)
+        self.keys, self.values = {}, {}  # per layer: (rows, KV heads, columns, head width)
+        self.embeds = self.head.new_zeros(rows, 1, self.head.shape[1])
+        self.position = torch.zeros(rows, 1, dtype=torch.long, device=model.device)
+        self.row = torch.arange(rows, device=model.device)
+        self.column = torch.arange(columns, device=model.device)
+        on_gpu = model.device.type == "cuda"
+        self.graphs = {} if on_gpu else None  # (rows, width) -> what `capture` returns
+        self.pool = torch.cuda.graph_pool_handle() if on_gpu else None  # graphs run one at a time and share memory
+
+    def update(self, key, value, layer, *args, **kwargs):
+        """Store keys and values (B, H, T, W) of new positions -> the keys and values to attend to."""
+        if layer not in self.keys:
+            for stored, new in ((self.keys, key), (self.values, value)):
+                stored[layer] = new.new_zeros(self.rows, new.shape[1], self.columns, new.shape[3])
+        rows, width = self.extent
+        for stored, new in ((self.keys[layer], key), (self.values[layer], value)):
+            if self.prefilling:
+                stored[:rows, :, :width] = new
+            else:
+                stored[self.row[:rows], :, self.position[:rows, 0]] = new[:, :, 0]
+        if self.prefilling:
+            return key, value
+        return self.keys[layer][:rows, :, :width], self.values[layer][:rows, :, :width]
+
+    def prefill(self, prompts, table, pad_id):
+        """Start with one line for each prompt -> logits (P, V) after them."""
+        length = torch.tensor([len(p) for p in prompts], device=table.device)  # (P,)
+        self.width = max(map(len, prompts))
+        ids = torch.tensor([p + [pad_id] * (self.width - len(p)) for p in prompts], device=table.device)  # (P, L)
+        causal = self.column[: self.width] <= self.column[: self.width, None]  # (L, L)
+        self.prefilling, self.extent = True, ids.shape
+        hidden = self.model.base_model(
+            inputs_embeds=F.embedding(ids, table).to(self.embeds.dtype), attention_mask=causal[None, None],
+            position_ids=self.column[None, : self.width], past_key_values=self, use_cache=True,
+        ).last_hidden_state  # (P, L, D)  # fmt: skip
+        self.prefilling = False
+        self.position[: len(prompts), 0] = length
+        return F.linear(hidden[self.row[: len(prompts)], length - 1], self.head)  # (P, V)
+
+    def forward(self, rows, width):
+        """The step: hidden states (B, D) after the embeddings in self.embeds, for the first B rows, with attention to
+        the first `width` columns. Everything it touches stays where it is, so it can be captured."""
+        self.extent, position = (rows, width), self.position[:rows]  # (B, 1)
+        unseen = self.column[:width] > position  # (B, width)
+        mask = torch.zeros_like(unseen, dtype=self.embeds.dtype).masked_fill_(unseen, -math.inf)  # (B, width)
+        hidden = self.model.base_model(
+            inputs_embeds=self.embeds[:rows], attention_mask=mask[:, None, None], position_ids=position,
+            past_key_values=self, use_cache=True,
+        ).last_hidden_state  # (B, 1, D)  # fmt: skip
+        position += 1
+        return hidden[:, 0]
+
+    def step(self, embeds):
+        """Feed one embedding (B, D) to each of the first B rows -> logits (B, V)."""
+        rows, self.width = len(embeds), self.width + 1
+        self.embeds[:rows, 0] = embeds
+        if self.graphs is None:
+            return F.linear(self.forward(rows, self.width), self.head)
+        shape = rows, min(-(-self.width // 128) * 128, self.columns)
+        try:
+            if shape not in self.graphs:
+                self.graphs[shape] = self.capture(*shape)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            print(f"CUDA graphs do not work here ({error}); decoding goes on without them, more slowly")
+            self.graphs = None
+            return F.linear(self.forward(rows, self.width), self.head)
+        replay, hidden = self.graphs[shape]
+        replay()
+        return F.linear(hidden, self.head)
+
+    def capture(self, rows, width):
+        """-> (a function that replays `forward` for these shapes, the tensor in which it leaves its result)"""
+        graph, position = torch.cuda.CUDAGraph(), self.position.clone()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # libraries set themselves up in a first run, which must not be captured
+            self.forward(rows, width)
+            self.position.copy_(position)
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph, pool=self.pool):
+            hidden = self.forward(rows, width)
+        return graph.replay, hidden
+
+    def batch_size(self, running):
+        """Rows to go on with when `running` are left: for graphs 2, 3, 4, 6, 8, 12, … or all, so that they recur."""
+        if self.graphs is None:
+            return running
+        return min(next(base << i for i in range(40) for base in (2, 3) if base << i >= running), self.rows)
+
+    def select(self, rows):
+        """Go on with these rows (B,) of the batch, in this order; a row named twice forks."""
+        self.position[: len(rows)] = self.position[rows]
+        for stored in (*self.keys.values(), *self.values.values()):
+            stored[: len(rows), :, : self.width] = stored[rows, :, : self.width]
+
+
+@torch.inference_mode()  # no_grad, and less bookkeeping: a twentieth of the time on a CPU
+def decode(lm, prompts, group_size, max_new_tokens, choose):
+    """Sample group_size completions of every prompt. -> Rollout
+
+    choose(logits (B, V), t, rows (B,)) -> SoftToken: the method's decision at step t for the rollouts `rows`. Logits
+    come in the dtype of the computation: a method takes its candidates first and makes only those float32. A rollout
+    ends when its heaviest candidate is a stop id. Those that have ended leave the batch, on a GPU when enough of them
+    have: until then they run on, and what they do is not recorded.
+
+    The decoder's batch consists of lines. All rollouts of a prompt start on one line, and `fork` gives those that are
+    fed different tokens lines of their own.
+    """
+    device, total = lm.model.device, len(prompts) * group_size
+    if not prompts:  # one process of several may be left without
+        nothing = torch.zeros(0, 0, 1, device=device)
+        return Rollout([], group_size, nothing.long(), nothing, nothing, *torch.zeros(2, 0, device=device).long())
+    decoder = lm.decoder_for(total, max(map(len, prompts)) + max_new_tokens)
     stop = torch.tensor(lm.stop_ids, device=device)  # (stop ids,)
-    total = len(prompts) * group_size
-    prompt_ids, mask = left_pad(prompts, lm.pad_id, device)  # (P, L)
-    cache = DynamicCache(config=lm.model.config)
-    tokens = []  # per step: (rows, SoftToken)
+    rows = torch.arange(total, device=device)  # (B,) the rollouts in the batch
+    line = rows // group_size  # (B,) the line that each is on
     length = torch.full((total,), max_new_tokens, device=device)  # (N,)
     stopped = torch.zeros(total, dtype=torch.bool, device=device)  # (N,)
+    tokens = []  # per step: (rows, SoftToken)
 
-    with autocast(device):
-        logits = lm.model(
-            input_ids=prompt_ids, attention_mask=mask, position_ids=positions_of(mask),
-            past_key_values=cache, use_cache=True, logits_to_keep=1,
-        ).logits  # (P, 1, V)  # fmt: skip
-        cache.batch_repeat_interleave(group_size)
-        logits = logits.repeat_interleave(group_size, 0)  # (N, 1, V)
-        mask = mask.repeat_interleave(group_size, 0)  # (N, L)
-        rows = torch.arange(total, device=device)  # (B,) the rows still running
-        for t in range(max_new_tokens):
-            token = choose(logits[:, -1].float(), t, rows)
-            tokens.append((rows, token))
-            ended = torch.isin(token.heaviest(), stop)  # (B,)
-            length[rows[ended]] = t + 1
-            stopped[rows[ended]] = True
-            if t + 1 == max_new_tokens or ended.all():
+    logits = decoder.prefill(prompts, lm.table, lm.pad_id)  # (lines, V)
+    for t in range(max_new_tokens):
+        token = choose(logits[line], t, rows)
+        tokens.append((rows, token))
+        ended = torch.isin(token.heaviest(), stop) & ~stopped[rows]  # (B,)
+        length[rows] = length[rows].masked_fill(ended, t + 1)
+        stopped[rows] |= ended
+        if t + 1 == max_new_tokens:
+            break
+        fed = line, token.ids, token.weights  # (B,), (B, K), (B, K)
+        if decoder.graphs is None or t % 8 == 7:  # to look makes a GPU wait for the CPU
+            running = int((~stopped[rows]).sum())
+            if not running:
                 break
-            ids, weights = token.ids, token.weights
-            if ended.any():
-                running = (~ended).nonzero().squeeze(-1)
-                rows, mask, ids, weights = rows[running], mask[running], ids[running], weights[running]
-                cache.batch_select_indices(running)
-            position = mask.sum(-1, keepdim=True)  # (B, 1)
-            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
-            logits = lm.model(
-                inputs_embeds=mix_embeddings(lm.table, ids, weights)[:, None], attention_mask=mask,
-                position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1,
-            ).logits  # (B, 1, V)  # fmt: skip
-    return pack_rollout(prompts, group_size, tokens, length, stopped, lm.pad_id)
+            kept = stopped[rows].byte().argsort(stable=True)[: decoder.batch_size(running)]  # the running ones first
+            if len(kept) < len(rows):
+                rows, fed = rows[kept], [x[kept] for x in fed]
+        if decoder.graphs is None:
+            before, line, ids, weights = fork(*fed)
+        else:
+            (before, ids, weights), line = fed, decoder.row[: len(rows)]  # a line each: fewer gain a GPU little
+        if len(before) != len(logits) or decoder.graphs is None and not before.equal(decoder.row[: len(before)]):
+            decoder.select(before)
+        logits = decoder.step(mix_embeddings(lm.table, ids, weights))  # (lines, V)
+    with torch.inference_mode(False):  # what leaves here may become part of a graph
+        return pack_rollout(prompts, group_size, tokens, length, stopped, lm.pad_id)
+
+
+def fork(line, ids, weights):
+    """Rollouts on lines (B,) are fed tokens (B, K). Those on one line that are fed the same stay on one line: a model
+    that is sure of its next tokens takes a whole group through them at the price of one. -> the old line that each new
+    line continues (L,), the new line of each rollout (B,), and what to feed to each new line, (L, K) twice.
+
+    Lines 0, 0, 0, fed tokens 5, 8, 5, become two that both continue line 0 and are fed 5 and 8; the rollouts are now
+    on lines 0, 1, 0.
+    """
+    if ids.shape[1] == 1:  # written tokens: the same as below, but quicker
+        fed, line = (line << 32 | ids[:, 0]).unique(return_inverse=True)
+        return fed >> 32, line, (fed & 0xFFFFFFFF)[:, None], weights[: len(fed)]
+    fed, line = torch.cat([line[:, None].double(), ids, weights], 1).unique(dim=0, return_inverse=True)  # (L, 1 + 2K)
+    before, ids, weights = fed.split([1, ids.shape[1], weights.shape[1]], 1)
+    return before[:, 0].long(), line, ids.long(), weights.float()
 
 
 def pack_rollout(prompts, group_size, tokens, length, stopped, pad_id):
     """Put the steps' tokens, whose rows dwindle, into full tensors; K is cut to the widest support that occurred."""
+    tokens = tokens[: int(length.max())]
     shape = (len(length), len(tokens), max(int((token.scores > -math.inf).sum(-1).max()) for _, token in tokens))
+    length, stopped = length.clone(), stopped.clone()
     ids = torch.full(shape, pad_id, device=length.device)
     weights = torch.zeros(shape, device=length.device)
     scores = torch.full(shape, -math.inf, device=length.device)
     scores[..., 0] = 0.0
     for t, (rows, token) in enumerate(tokens):
-        width = min(shape[2], token.ids.shape[1])
-        ids[rows, t, :width] = token.ids[:, :width]
-        weights[rows, t, :width] = token.weights[:, :width]
-        scores[rows, t, :width] = token.scores[:, :width]
-    return Rollout(prompts, group_size, ids, weights, scores, length.clamp(max=len(tokens)), stopped)
+        width, still = min(shape[2], token.ids.shape[1]), length[rows] > t
+        rows = rows[still]
+        ids[rows, t, :width] = token.ids[still, :width]
+        weights[rows, t, :width] = token.weights[still, :width]
+        scores[rows, t, :width] = token.scores[still, :width]
+    return Rollout(prompts, group_size, ids, weights, scores, length, stopped)
 
 
-def replay_logits(lm, rollout, rows):
-    """The logits that decode() saw at every step of rows (B,), in one parallel pass with gradients.
+def run_body(lm, checkpointing, **inputs):
+    """The model without its head -> hidden states. With checkpointing a layer keeps only its input and is run again in
+    the backward pass. (The switch that transformers has for this would take the cache away.)"""
+    stacks = (module for module in lm.model.base_model.modules() if isinstance(module, torch.nn.ModuleList))
+    layers = next(stacks) if checkpointing else []
+    for layer in layers:
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    try:
+        with autocast(lm.model.device):
+            return lm.model.base_model(use_cache=True, **inputs).last_hidden_state
+    finally:
+        for layer in layers:
+            del layer.forward  # the class's own is in force again
 
-    -> (B, T, V) float32, T the longest of these rows. The executed embeddings are rebuilt from (ids, weights) inside
-    the graph: the weights are constants of the trajectory, the embedding table is a parameter like any other.
+
+class PromptPass(Cache):
+    """The prompts of a replay, run once for all rows that continue them. As the cache of that run it keeps every
+    layer's keys and values; as the cache of the rows' runs it puts them before the rows' own. The rows see copies that
+    are cut out of the graph; the gradients that collect there go on through the prompts in `backward`."""
+
+    def __init__(self, lm, prompts, checkpointing):
+        super().__init__(layers=[])
+        device, self.kept, self.row_prompts = lm.model.device, {}, None
+        self.length = torch.tensor([len(p) for p in prompts], device=device)  # (P,)
+        self.place = torch.arange(int(self.length.max()), device=device)  # (L,)
+        ids = torch.tensor([p + [lm.pad_id] * (len(self.place) - len(p)) for p in prompts], device=device)  # (P, L)
+        causal = self.place <= self.place[:, None]  # (L, L)
+        hidden = run_body(
+            lm, checkpointing, inputs_embeds=F.embedding(ids, lm.table), attention_mask=causal[None, None],
+            position_ids=self.place[None], past_key_values=self,
+        )  # (P, L, D)  # fmt: skip
+        last = hidden[torch.arange(len(prompts), device=device), self.length - 1]  # (P, D)
+        self.made = [last, *(tensor for pair in self.kept.values() for tensor in pair)]
+        self.cut = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in self.made]
+        self.last = self.cut[0]
+        self.shared = dict(zip(self.kept, zip(self.cut[1::2], self.cut[2::2], strict=True), strict=True))
+
+    def update(self, key, value, layer, *args, **kwargs):
+        if self.row_prompts is None:
+            self.kept[layer] = key, value
+            return key, value
+        old_key, old_value = (tensor.index_select(0, self.row_prompts) for tensor in self.shared[layer])  # (B, H, L, W)
+        return torch.cat([old_key, key], 2), torch.cat([old_value, value], 2)
+
+    def backward(self):
+        self.row_prompts = None  # checkpointing runs the prompts' layers again
+        pairs = [(tensor, copy.grad) for tensor, copy in zip(self.made, self.cut, strict=True) if copy.grad is not None]
+        if pairs:
+            torch.autograd.backward(*zip(*pairs, strict=True))
+
+
+def replays(lm, rollout, rows, micro_batch, checkpointing=False):
+    """Replay rows (M,) of a rollout, a micro-batch at a time: yields rows (B,), and the hidden states (B, T, D) that
+    decode() had before each of their steps, with gradients. T is the longest of these rows; what stands behind a row's
+    end means nothing. Run backward on what you make of one micro-batch before you ask for the next.
+
+    Why it is fast: rows of similar length go together, which leaves little padding; and, as in decode(), a prompt runs
+    once for its whole group and not once for every row.
+
+    The executed embeddings are rebuilt in the graph from (ids, weights): the weights are constants of the trajectory,
+    the table is a parameter like any other.
     """
-    rows = rows.tolist()
-    steps = int(rollout.length[rows].max())
-    prompts = [rollout.prompts[n // rollout.group_size] for n in rows]
-    prompt_ids, prompt_mask = left_pad(prompts, lm.pad_id, lm.model.device)  # (B, L)
-    # The last step's own embedding is never an input: nothing follows it.
-    inputs = mix_embeddings(lm.table, rollout.ids[rows, : steps - 1], rollout.weights[rows, : steps - 1])  # (B, T-1, D)
-    mask = torch.cat([prompt_mask, rollout.mask()[rows, : steps - 1].long()], 1)  # (B, L+T-1)
-    embeds = torch.cat([F.embedding(prompt_ids, lm.table), inputs], 1)  # (B, L+T-1, D)
-    with autocast(lm.model.device):
-        logits = lm.model(
-            inputs_embeds=embeds, attention_mask=mask, position_ids=positions_of(mask),
-            use_cache=False, logits_to_keep=steps,
-        ).logits  # (B, T, V)  # fmt: skip
-    return logits.float()
+    if not len(rows):
+        return
+    lengths, device = rollout.length.cpu()[rows], lm.model.device  # (M,)
+    groups, group = (rows // rollout.group_size).unique(return_inverse=True)  # (P,), (M,) index into groups
+    mean = group.bincount(lengths.double()) / group.bincount()  # (P,) length of a prompt's rows
+    for part in mean.argsort(stable=True).split(micro_batch):  # (p,) so many prompts at a time, then all of their rows
+        prompts = PromptPass(lm, [rollout.prompts[i] for i in groups[part].tolist()], checkpointing)
+        mine = torch.isin(group, part).nonzero().squeeze(-1)  # (m,)
+        for micro in mine[lengths[mine].argsort(stable=True)].split(micro_batch):  # (B,)
+            of = (group[micro][:, None] == part).long().argmax(1).to(device)  # (B,) index into part
+            yield rows[micro], replay_rows(lm, rollout, rows[micro], prompts, of, checkpointing)
+        prompts.backward()
+
+
+def replay_rows(lm, rollout, rows, prompts, of, checkpointing):
+    """Hidden states (B, T, D) of rows (B,) that continue the prompts `of` (B,)."""
+    first = prompts.last.index_select(0, of)[:, None]  # (B, 1, D)
+    steps = torch.arange(int(rollout.length[rows].max()) - 1, device=first.device)  # (T-1,) nothing follows a last one
+    if not len(steps):
+        return first
+    prompts.row_prompts = of
+    embeds = mix_embeddings(lm.table, rollout.ids[rows, : len(steps)], rollout.weights[rows, : len(steps)])
+    length = prompts.length[of][:, None]  # (B, 1)
+    in_prompt = (prompts.place < length)[:, None].expand(-1, len(steps), -1)  # (B, T-1, L)
+    so_far = (steps <= steps[:, None]).expand(len(rows), -1, -1)  # (B, T-1, T-1)
+    later = run_body(
+        lm, checkpointing, inputs_embeds=embeds, attention_mask=torch.cat([in_prompt, so_far], 2)[:, None],
+        position_ids=length + steps, past_key_values=prompts,
+    )  # (B, T-1, D)  # fmt: skip
+    return torch.cat([first, later], 1)
+
+
+class CandidateLogProbs(torch.autograd.Function):
+    """log softmax(hidden head^T / temperature) at K ids per step, without a (steps, V) tensor in forward or backward.
+
+    Logits are the largest thing in an update by far: 8 x 256 steps of a 152k vocabulary take 1.2 GB, and autograd keeps
+    several such tensors. Here they exist for a few hundred steps at a time, and the backward pass makes them again
+    from the normaliser: d log p_k / d logits = onehot(k) - p, so upstream gradients g (K,) give sum_k g_k onehot(k) -
+    p sum(g), which for (5) of lepo.py is the z - pi of its docstring.
+    """
+
+    numbers = 2**26  # in one chunk of logits; 268 MB in float32
+
+    @staticmethod
+    def logits(hidden, head, temperature):
+        return F.linear(hidden, head).float().div_(temperature)  # (C, V)
+
+    @staticmethod
+    def forward(ctx, hidden, head, ids, temperature):
+        ctx.temperature, ctx.rows = temperature, max(1, CandidateLogProbs.numbers // len(head))
+        log_p, normaliser = torch.empty(ids.shape, device=ids.device), torch.empty(len(ids), 1, device=ids.device)
+        low = head.to(hidden.dtype)  # (V, D)
+        for i in range(0, len(ids), ctx.rows):
+            part = slice(i, i + ctx.rows)
+            logits = CandidateLogProbs.logits(hidden[part], low, temperature)  # (C, V)
+            normaliser[part] = logits.logsumexp(-1, keepdim=True)  # (C, 1)
+            log_p[part] = logits.gather(-1, ids[part]) - normaliser[part]  # (C, K)
+        ctx.save_for_backward(hidden, head, ids, normaliser)
+        return log_p  # (steps, K) float32
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, head, ids, normaliser = ctx.saved_tensors
+        low, grad_hidden = head.to(hidden.dtype), torch.empty_like(hidden)  # (V, D), (steps, D)
+        grad_head = torch.zeros_like(head) if ctx.needs_input_grad[1] else None  # (V, D)
+        for i in range(0, len(ids), ctx.rows):
+            part = slice(i, i + ctx.rows)
+            logits = CandidateLogProbs.logits(hidden[part], low, ctx.temperature)  # (C, V)
+            probs = logits.sub_(normaliser[part]).exp_()  # (C, V)
+            grad_logits = probs.mul_(-grad[part].sum(-1, keepdim=True)).scatter_add_(-1, ids[part], grad[part])
+            grad_logits = grad_logits.div_(ctx.temperature).to(hidden.dtype)  # (C, V)
+            grad_hidden[part] = grad_logits @ low
+            if grad_head is not None and hidden.dtype == head.dtype:
+                grad_head.addmm_(grad_logits.T, hidden[part])  # without another (V, D)
+            elif grad_head is not None:
+                grad_head += grad_logits.T @ hidden[part]
+        return grad_hidden, grad_head, None, None
+
+
+def candidate_log_probs(lm, hidden, ids, temperature):
+    """hidden (steps, D) and ids (steps, K) -> log-probabilities (steps, K) under the full softmax, float32."""
+    return CandidateLogProbs.apply(hidden.to(compute_dtype(hidden.device)), lm.head, ids, temperature)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

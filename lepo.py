@@ -1,7 +1,8 @@
 r"""LEPO, Latent Reasoning Policy Optimization (arXiv 2604.17892), end to end in one file.
 
-    python lepo.py                                       # the tiny model on a laptop CPU, about a minute
+    python lepo.py                                       # the tiny model on a laptop CPU, under a minute
     python lepo.py --model Qwen2.5-0.5B --data gsm8k     # one GPU
+    torchrun --nproc_per_node=8 lepo.py --model Qwen2.5-0.5B --data gsm8k     # eight
     python lepo.py --latent_steps 0                      # the baseline: plain GRPO, exactly
 
 A language model usually thinks in words: at every step it commits to one token. LEPO lets it think its first
@@ -52,12 +53,14 @@ Like there, (5) is scored by the full softmax although (1) samples from a filter
 """
 
 import copy
+import itertools
 import json
 import math
 import time
 from dataclasses import replace
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import common
@@ -185,7 +188,8 @@ def support(logits, temperature, top_k, top_p):
     The smallest set of top_k whose mass reaches top_p survives: probabilities .6, .3, .1 at top_p .8 keep two, and the
     two are renormalised to .67 and .33. Never empty.
     """
-    values, ids = (logits / temperature).topk(min(top_k or logits.shape[-1], logits.shape[-1]), dim=-1)  # (B, K)
+    values, ids = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]), dim=-1)  # (B, K)
+    values = values.float() / temperature  # (B, K)
     probs = values.softmax(-1)  # (B, K)
     outside = probs.cumsum(-1) - probs >= top_p  # the mass before a candidate already reaches top_p; never the first
     outside[:, 0] = False
@@ -243,19 +247,26 @@ def written_token(ids, log_probs, gumbel):
 
 
 def rollout(lm, prompts, group_size, args, generator, latent_steps=None, noisy=True):
-    """group_size trajectories for each of P prompts -> common.Rollout with N = P * group_size rows."""
+    """group_size trajectories for each of P prompts -> common.Rollout with N = P * group_size rows. Of several
+    processes, each takes its share of the prompts."""
     latent_steps = args.latent_steps if latent_steps is None else latent_steps
-    total = len(prompts) * group_size
+    own, total, steps = common.share(len(prompts)), len(prompts) * group_size, 0
 
     def choose(logits, t, rows):
+        nonlocal steps
+        steps = t + 1
         ids, log_probs = support(logits, args.temperature, args.top_k, args.top_p)  # (B, K)
-        # Gumbel noise is drawn for all N rows, running or not: a row's luck does not depend on when others end.
-        gumbel = gumbel_noise((total, ids.shape[1]), generator, logits.device)[rows] if noisy else None
+        # Gumbel noise is drawn for the rows of all processes, running or not: a row's luck does not depend on when
+        # others end, nor on who computes it.
+        rows = rows + own.start * group_size
+        gumbel = gumbel_noise((total, ids.shape[1]), generator, logits.device)[rows] if noisy else None  # (B, K)
         if t < latent_steps:
             return latent_token(ids, log_probs, gumbel, generator, args)
         return written_token(ids, log_probs, gumbel)
 
-    return common.decode(lm, prompts, group_size, args.max_new_tokens, choose)
+    roll = common.decode(lm, prompts[own], group_size, args.max_new_tokens, choose)
+    common.synchronise(generator, steps)
+    return roll
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -269,13 +280,13 @@ def texts_of(lm, roll, args, latent_steps=None):
     first = 0 if args.verifier_reads == "all" else latent_steps
     ids, lengths = roll.heaviest().tolist(), roll.length.tolist()
     texts = [row[first:n] for row, n in zip(ids, lengths, strict=True)]
-    return lm.tokenizer.batch_decode(texts, skip_special_tokens=True)
+    return lm.tokenizer.batch_decode(texts, skip_special_tokens=True) if texts else []
 
 
 def score(texts, problems, group_size):
     """(strict, flexible) rewards (P, G) of N = P * G texts, on the CPU."""
     pairs = [common.verify(text, problems[n // group_size]) for n, text in enumerate(texts)]
-    return torch.tensor(pairs).T.reshape(2, len(problems), group_size)
+    return torch.tensor(pairs).reshape(-1, 2).T.reshape(2, len(problems), group_size)
 
 
 def group_advantages(rewards):
@@ -288,7 +299,9 @@ def group_advantages(rewards):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 6. The log-probability of a trajectory's steps, equation (5) and its alternatives.
+# 6. The log-probability of a trajectory's steps, equation (5) and its alternatives. The hidden states before each step
+#    come from common.replays; log-probabilities of the candidates from common.candidate_log_probs, which never holds
+#    the logits of all steps.
 
 
 def latent_log_prob(log_p, weights, scores, estimator, tau):
@@ -319,22 +332,23 @@ def latent_log_prob(log_p, weights, scores, estimator, tau):
     return constant + ((log_p - (tau + 1) * log_z) * inside).sum(-1) - m * pull
 
 
-def trajectory_log_probs(lm, roll, rows, args):
-    """Replay rows (B,) -> log_probs (B, T) and, for the KL term, logits / temperature (B, T, V); T: the longest row."""
-    logits = common.replay_logits(lm, roll, rows) / args.temperature  # (B, T, V)
-    steps = logits.shape[1]
-    ids, weights, scores = roll.ids[rows, :steps], roll.weights[rows, :steps], roll.scores[rows, :steps]  # (B, T, K)
-    log_p = logits.gather(-1, ids) - logits.logsumexp(-1, keepdim=True)  # (B, T, K)
-    soft = (weights * log_p).sum(-1)  # (B, T): (5) for both kinds of step, since a written token's weights are one-hot
-    if args.estimator == "soft":
-        return soft, logits
-    latent = latent_log_prob(log_p, weights, scores, args.estimator, args.tau)  # (B, T)
-    return torch.where(torch.arange(steps, device=logits.device) < args.latent_steps, latent, soft), logits
+def trajectory_log_probs(lm, roll, rows, hidden, args):
+    """Log-probabilities (B, T) of the steps of rows (B,), replayed as hidden (B, T, D); 0 behind a row's end."""
+    steps = hidden.shape[1]
+    executed = roll.mask()[rows, :steps]  # (B, T)
+    ids, weights, scores = (x[rows, :steps][executed] for x in (roll.ids, roll.weights, roll.scores))  # (M, K)
+    log_p = common.candidate_log_probs(lm, hidden[executed], ids, args.temperature)  # (M, K)
+    log_prob = (weights * log_p).sum(-1)  # (M,): (5) for both kinds of step, since a written token is one-hot
+    if args.estimator != "soft":
+        latent = latent_log_prob(log_p, weights, scores, args.estimator, args.tau)  # (M,)
+        is_latent = torch.arange(steps, device=ids.device).expand_as(executed)[executed] < args.latent_steps  # (M,)
+        log_prob = torch.where(is_latent, latent, log_prob)
+    return log_prob.new_zeros(executed.shape).masked_scatter(executed, log_prob)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 7. Update, equation (6). Gradients accumulate over micro-batches of similar length; the normaliser is counted
-#    once over the whole batch, so that cutting it differently gives the same update.
+# 7. Update, equation (6). Gradients accumulate over micro-batches of similar length, and over processes; the normaliser
+#    is counted once over the whole batch, so that cutting it differently gives the same update.
 
 
 def surrogate(log_probs, old_log_probs, advantages, clip):
@@ -349,10 +363,22 @@ def surrogate(log_probs, old_log_probs, advantages, clip):
     return torch.minimum(plain, clipped), clipped < plain
 
 
-def exact_kl(logits, start_logits):
-    """KL(pi_theta || pi_start) at each step, over the whole vocabulary. (B, T, V) twice -> (B, T)"""
-    log_p, log_q = logits.log_softmax(-1), start_logits.log_softmax(-1)  # (B, T, V)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+def exact_kl(lm, hidden, start, start_hidden, temperature):
+    """KL(pi_theta || pi_start) at each step, over the whole vocabulary. Hidden states (M, D) twice -> (M,)"""
+
+    def log_softmax(model, hidden):
+        hidden = hidden.to(common.compute_dtype(hidden.device))
+        return ((hidden @ model.head.to(hidden.dtype).T).float() / temperature).log_softmax(-1)  # (C, V)
+
+    def kl(hidden, start_hidden):
+        log_p = log_softmax(lm, hidden)  # (C, V)
+        with torch.no_grad():
+            log_q = log_softmax(start, start_hidden)  # (C, V)
+        return (log_p.exp() * (log_p - log_q)).sum(-1)  # (C,)
+
+    # Not kept for the backward pass but made again in it, a few hundred steps at a time: (M, V) never exists.
+    chunks = zip(hidden.split(256), start_hidden.split(256), strict=True)
+    return torch.cat([checkpoint(kl, *pair, use_reentrant=False) for pair in chunks])
 
 
 def update(lm, start, optimizer, roll, advantages, args):
@@ -361,48 +387,41 @@ def update(lm, start, optimizer, roll, advantages, args):
     Rows with advantage 0 have gradient 0 and are left out of the arithmetic (not of the normaliser), unless a KL term
     needs them. Raises UserError, before it is applied, when a gradient is not finite.
     """
-    normaliser = roll.length.sum()  # every executed step of the batch
     rows = torch.arange(len(advantages)) if args.kl_coef else advantages.nonzero().squeeze(-1).cpu()  # (M,)
-    if not len(rows):
-        return {"grad_norm": 0.0, "surprise": None, "clipped": 0.0, "kl": 0.0}
-    rows = rows[roll.length.cpu()[rows].argsort(stable=True)]
     mask = roll.mask()  # (N, T)
-    micro_batches = rows.split(args.micro_batch)
-    old = [None] * len(micro_batches)  # log-probabilities under theta_old, kept from the first pass
+    used, written = mask[rows].sum(), mask[rows][:, args.latent_steps :].sum()  # steps of rows that teach something
+    counts = common.all_reduce(torch.stack([roll.length.sum(), used, written]).cpu())
+    normaliser, used, written = counts.tolist()  # every executed step of the batch, whatever process executed it
+    if not used:
+        return {"grad_norm": 0.0, "surprise": None, "clipped": 0.0, "kl": 0.0}
+    old = {}  # log-probabilities under theta_old, by micro-batch, kept from the first pass
     sums = dict.fromkeys(("clipped", "kl", "surprise"), 0.0)
-    lm.model.train(args.gradient_checkpointing)  # transformers checkpoints in train mode only; dropout is 0
     for _ in range(args.updates_per_batch):
         optimizer.zero_grad()
-        for i, micro in enumerate(micro_batches):
-            log_probs, logits = trajectory_log_probs(lm, roll, micro, args)  # (B, T), (B, T, V)
+        replays = common.replays(lm, roll, rows, args.micro_batch, args.gradient_checkpointing)
+        at_start = common.replays(start, roll, rows, args.micro_batch) if args.kl_coef else itertools.repeat((0, 0))
+        for i, ((micro, hidden), (_, start_hidden)) in enumerate(zip(replays, at_start, strict=False)):
+            log_probs = trajectory_log_probs(lm, roll, micro, hidden, args)  # (B, T)
             valid = mask[micro, : log_probs.shape[1]]  # (B, T)
-            if old[i] is None:
-                old[i] = log_probs.detach()  # (B, T)
-            gain, clipped = surrogate(log_probs, old[i], advantages[micro, None], args.clip)  # (B, T)
+            old_log_probs = old.setdefault(i, log_probs.detach())  # (B, T)
+            gain, clipped = surrogate(log_probs, old_log_probs, advantages[micro, None], args.clip)  # (B, T)
             loss = -(gain * valid).sum() / normaliser
             if args.kl_coef:
-                with torch.no_grad():
-                    _, start_logits = trajectory_log_probs(start, roll, micro, args)
-                kl = (exact_kl(logits, start_logits) * valid).sum() / normaliser
-                loss = loss + args.kl_coef * kl
-                sums["kl"] += kl.item()
+                kl = exact_kl(lm, hidden[valid], start, start_hidden[valid], args.temperature).sum()
+                loss = loss + args.kl_coef * kl / normaliser
+                sums["kl"] += kl.item() / normaliser
             loss.backward()
             sums["clipped"] += (clipped & valid).sum().item()
             sums["surprise"] -= (log_probs.detach() * valid)[:, args.latent_steps :].sum().item()
+        common.reduce_gradients(lm.model)
         grad_norm = torch.nn.utils.clip_grad_norm_(lm.model.parameters(), args.grad_clip).item()
         if not math.isfinite(grad_norm):
-            lm.model.eval()
             raise UserError("the gradient is not finite and was not applied; the run is saved: --resume it, "
                             "with a lower --lr, and it goes on with the next batch")  # fmt: skip
         optimizer.step()
-    lm.model.eval()
-    passes, used = args.updates_per_batch, mask[rows]
-    return {
-        "grad_norm": grad_norm,
-        "surprise": sums["surprise"] / max(passes * used[:, args.latent_steps :].sum().item(), 1),
-        "clipped": sums["clipped"] / (passes * used.sum().item()),
-        "kl": sums["kl"] / passes,
-    }
+    passes = args.updates_per_batch
+    clipped, kl, surprise = (common.all_reduce(torch.tensor(list(sums.values()))) / passes).tolist()
+    return {"grad_norm": grad_norm, "surprise": surprise / max(written, 1), "clipped": clipped / used, "kl": kl}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -418,10 +437,13 @@ def evaluate(lm, held_out, args, full):
     def run(name, group_size, latent_steps, noisy):
         # As many rows at once as a training rollout has: what fits there fits here.
         size, parts = max(1, args.prompts_per_step * args.group_size // group_size), []
-        for i in tqdm(range(0, len(prompts), size), desc=f"evaluating: {name}", leave=False, disable=None):
+        for i in common.progress(range(0, len(prompts), size), desc=f"evaluating: {name}", leave=False):
+            batch = problems[i : i + size]
             roll = rollout(lm, prompts[i : i + size], group_size, args, generator, latent_steps, noisy)
-            scores = score(texts_of(lm, roll, args, latent_steps), problems[i : i + size], group_size)  # (2, P, G)
-            parts.append(torch.cat([scores, roll.length.cpu().float().view(1, -1, group_size)]))
+            own = batch[common.share(len(batch))]
+            scores = score(texts_of(lm, roll, args, latent_steps), own, group_size)  # (2, P, G)
+            lengths = roll.length.cpu().float().view(1, len(own), group_size)
+            parts.append(common.gather(torch.cat([scores, lengths])))
         return torch.cat(parts, 1)  # (strict | flexible | length, P, G)
 
     greedy, flexible, length = run("noise-free", 1, args.latent_steps, False).mean((1, 2)).tolist()
@@ -468,6 +490,7 @@ def train_step(lm, start, optimizer, stream, state, args, generator):
         stream, state["position"], args.prompts_per_step, lm.tokenizer, args.max_prompt_tokens
     )
     roll = rollout(lm, prompts, args.group_size, args, generator)
+    problems = problems[common.share(len(problems))]
     texts = texts_of(lm, roll, args)
     strict, flexible = score(texts, problems, args.group_size)  # (P, G) each
     advantages = group_advantages(strict).flatten().to(args.device)  # (N,)
@@ -481,12 +504,12 @@ def train_step(lm, start, optimizer, stream, state, args, generator):
     effective_k = 1 / weights[is_latent].square().sum(-1)  # (latent steps executed,)
     row = {
         "step": step,
-        "reward": strict.mean().item(),
-        "flexible": flexible.mean().item(),
-        "length": roll.length.float().mean().item(),
-        "stopped": roll.stopped.float().mean().item(),
-        "zero_advantage": (advantages == 0).float().mean().item(),
-        "effective_k": effective_k.mean().item() if len(effective_k) else 1.0,
+        "reward": common.mean(strict),
+        "flexible": common.mean(flexible),
+        "length": common.mean(roll.length),
+        "stopped": common.mean(roll.stopped),
+        "zero_advantage": common.mean(advantages == 0),
+        "effective_k": common.mean(effective_k) if args.latent_steps else 1.0,
         "lr": learning_rate(step, args),
         **metrics,
     }
@@ -494,7 +517,7 @@ def train_step(lm, start, optimizer, stream, state, args, generator):
         "step": step,
         "seconds": time.time() - began,
         "rollout_seconds": rolled - began,
-        "tokens_per_second": roll.length.sum().item() / (rolled - began),
+        "tokens_per_second": row["length"] * args.prompts_per_step * args.group_size / (rolled - began),
     }
     n = int(((1 - weights.amax(-1)) * is_latent).sum(1).argmax())  # the rollout with the softest thoughts is shown
     problem, reward = problems[n // args.group_size], strict.flatten()[n].item()
@@ -503,19 +526,21 @@ def train_step(lm, start, optimizer, stream, state, args, generator):
 
 def train(lm, start, optimizer, stream, held_out, state, args, generator, folder, began):
     """Steps until the last one or an interrupt. -> True when all steps are done."""
-    log = common.RunLog(folder, state["step"])
+    first = common.process()[0] == 0  # the process that writes, for all
+    log = common.RunLog(folder, state["step"]) if first else None
 
     # What a run is: weights, optimiser, generator, and `state`. All of it is saved together or not at all, so a
     # resumed run cannot tell that it was interrupted.
     def save():
-        state["seconds"] = time.time() - began
-        common.save_checkpoint(folder / "checkpoint.safetensors", lm.model, optimizer, generator, state)
+        if first:
+            state["seconds"] = time.time() - began
+            common.save_checkpoint(folder / "checkpoint.safetensors", lm.model, optimizer, generator, state)
 
-    bar = tqdm(total=args.steps, initial=state["step"], desc="training", unit="step", disable=None)
+    bar = common.progress(total=args.steps, initial=state["step"], desc="training", unit="step")
     with common.StopSignal() as stop, bar:
         if state["step"] == 0:
             save()  # the evaluation before training is worth keeping
-        while state["step"] < args.steps and not stop.requested:
+        while state["step"] < args.steps and not common.all_reduce(torch.tensor(int(stop.requested)), "MAX"):
             step_start, dice = dict(state), generator.get_state()
             try:
                 row, timing, sample = train_step(lm, start, optimizer, stream, state, args, generator)
@@ -534,7 +559,8 @@ def train(lm, start, optimizer, stream, held_out, state, args, generator, folder
             done = state["step"]
             if args.eval_every and done % args.eval_every == 0 and done < args.steps:
                 row["greedy"] = evaluate(lm, held_out, args, full=False)["greedy"]
-            log.write(row, timing)
+            if first:
+                log.write(row, timing)
             if args.show_every and row["step"] % args.show_every == 0:
                 tqdm.write(sample)
             tqdm.write(
@@ -553,13 +579,15 @@ def train(lm, start, optimizer, stream, held_out, state, args, generator, folder
 def main(argv=None):
     args, state = parse_args(argv)
     began = time.time()
+    common.start_processes(args.device)
+    number, processes = common.process()
+    if args.prompts_per_step < processes:
+        raise UserError(f"--prompts_per_step must be at least the number of processes, {processes}")
     lm = common.load_model(args.model, args.device)
-    if args.gradient_checkpointing:
-        lm.model.gradient_checkpointing_enable()
     start = replace(lm, model=copy.deepcopy(lm.model).requires_grad_(False)) if args.kl_coef else None
     generator = torch.Generator(args.device).manual_seed(args.seed)
     optimizer = torch.optim.AdamW(
-        lm.model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay
+        lm.model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay, fused=True
     )
     stream = common.load_problems(args.data, "train", args.seed, tuple(args.ops), args.kind) if args.steps else None
     test = common.load_problems(args.eval_data or args.data, "test", 0, tuple(args.ops), args.kind)
@@ -567,11 +595,12 @@ def main(argv=None):
 
     method = "lepo" if args.latent_steps else "grpo"
     name = f"{method}-{common.Path(args.model).name}-seed{args.seed}"
-    folder = common.Path(args.resume) if args.resume else common.open_run(args.out, name)
+    folder = common.Path(args.resume) if args.resume else common.open_run(args.out, name) if number == 0 else None
     size = sum(p.numel() for p in lm.model.parameters())
-    print(f"{args.model}: {size:,} parameters on {args.device}; run folder {folder}")
+    devices = f"{processes} x {args.device}" if processes > 1 else args.device
+    print(f"{args.model}: {size:,} parameters on {devices}; run folder {folder}")
     if state:
-        common.load_checkpoint(folder / "checkpoint.safetensors", lm.model, optimizer, generator)
+        common.load_checkpoint(f"{args.resume}/checkpoint.safetensors", lm.model, optimizer, generator)
         began -= state["seconds"]
         print(f"resuming at step {state['step']} of {args.steps}")
     else:
@@ -583,6 +612,8 @@ def main(argv=None):
         print(f"stopped at step {state['step']}; continue with: python lepo.py --resume {folder}")
         return 130
     after = evaluate(lm, held_out, args, full=True) if state["step"] else state["before"]
+    if number:
+        return 0
     print("after   " + "  ".join(f"{key} {value:.3f}" for key, value in after.items()))
     lm.model.save_pretrained(folder / "model")
     lm.tokenizer.save_pretrained(folder / "model")

@@ -15,7 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test m
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import common
 import tiny
@@ -166,6 +166,27 @@ def test_stop_ids_of_qwen_unite_what_config_and_tokenizer_say():
     model = SimpleNamespace(config=one, generation_config=several)
     tokenizer.eos_token = "<|im_end|>"
     assert common.find_stop_ids(model, tokenizer) == [151643, 151645]
+
+
+SMALL = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, head_dim=8)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, fine", [
+    (dict(model_type="llama"), True), (dict(model_type="qwen3"), True), (dict(model_type="gpt2", n_embd=32), True),
+    (dict(model_type="mistral", sliding_window=4), False),  # attends to the last four only
+    (dict(model_type="gemma2", final_logit_softcapping=1.0), False),  # caps its logits and scales its embeddings
+    (dict(model_type="granite", logits_scaling=3.0), False), (dict(model_type="phi"), False),  # a head with a bias
+    (dict(model_type="mamba"), False),
+])  # fmt: skip
+def test_models_that_compute_something_else_are_recognised(kind, fine):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(**{**SMALL, **kind})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.5)  # biases too, which start at 0
+    assert common.decodes_alike(common.LanguageModel(model, None, [1], 0)) is fine
 
 
 def test_model_names():

@@ -23,7 +23,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test m
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch.distributions import Categorical, RelaxedOneHotCategorical, kl_divergence
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, TopKLogitsWarper, TopPLogitsWarper
 
 import common
@@ -186,13 +188,15 @@ def record_rollout(lm, args, **kwargs):
 
 @pytest.mark.parametrize("latent_steps, noise", [(0, "gumbel"), *((3, noise) for noise in NOISES)])
 def test_replayed_logits_equal_rollout_logits(latent_steps, noise):
-    """Under left padding, a prefill shared by the group, and rows that end early; for every kind of latent."""
+    """With prompts of different lengths, run once for a group, and rows that end early; for every kind of latent."""
     lm, args = random_model(), settings(latent_steps=latent_steps, noise=noise, max_new_tokens=8)
     lm.stop_ids = [STOP, 4, 7]
     roll, seen = record_rollout(lm, args, group_size=8)
     assert roll.length.unique().numel() > 3 and roll.stopped.any() and not roll.stopped.all()
+    replayed = torch.full_like(seen, math.nan)
     with torch.no_grad():
-        replayed = common.replay_logits(lm, roll, torch.arange(24))
+        for rows, hidden in common.replays(lm, roll, torch.arange(24), micro_batch=7):
+            replayed[rows, : hidden.shape[1]] = hidden @ lm.head.T
     valid = roll.mask()
     assert torch.equal(valid, ~seen[..., 0].isnan())
     assert (replayed - seen)[valid].abs().max() < 2e-5 * seen[valid].abs().max()
@@ -216,6 +220,103 @@ def test_greedy_without_latents_is_generate():
         ids = torch.tensor([prompt])
         out = lm.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False)
         assert roll.heaviest()[i, : roll.length[i]].tolist() == out[0, len(prompt) :].tolist()
+
+
+def graph_shaped(monkeypatch):
+    """What a GPU does, on the CPU: rounded shapes, fixed addresses, a function that is made once and then replayed.
+    Only the capturing itself is left out. -> the shapes that were captured, the shapes that were replayed"""
+    captured, replayed, original = [], [], common.Decoder.__init__
+
+    def start(self, *args):
+        original(self, *args)
+        self.graphs = {}
+
+    def capture(self, rows, width):
+        hidden, addresses = torch.empty(rows, self.embeds.shape[2]), (self.embeds.data_ptr(), self.position.data_ptr())
+        captured.append((rows, width))
+
+        def replay():
+            assert addresses == (self.embeds.data_ptr(), self.position.data_ptr())
+            replayed.append((rows, width))
+            hidden.copy_(self.forward(rows, width))
+
+        return replay, hidden
+
+    monkeypatch.setattr(common.Decoder, "__init__", start)
+    monkeypatch.setattr(common.Decoder, "capture", capture)
+    return captured, replayed
+
+
+@pytest.mark.parametrize("latent_steps", [0, 5])
+def test_graph_shaped_decoding_gives_the_same_rollouts(latent_steps, monkeypatch):
+    """Every rollout on a line of its own, attention over 128 columns and more, few batch sizes: the same tokens."""
+    args = settings(latent_steps=latent_steps, max_new_tokens=150, top_k=5)
+    plain = roll_out(random_model(), args, group_size=8)
+    captured, replayed = graph_shaped(monkeypatch)
+    lm = random_model()
+    roll = roll_out(lm, args, group_size=8)
+    assert roll.length.max() > 20 and roll.length.unique().numel() > 8
+    assert torch.equal(roll.length, plain.length) and torch.equal(roll.stopped, plain.stopped)
+    assert torch.equal(roll.heaviest()[roll.mask()], plain.heaviest()[plain.mask()])
+    assert torch.allclose(roll.weights, plain.weights, atol=1e-4)
+    rows, widths = map(set, zip(*captured, strict=True))
+    assert rows <= {24, 16, 12, 8, 6, 4, 3, 2} and len(rows) > 2 and widths <= {128, 192}
+    assert len(captured) == len(set(captured)) < len(replayed)
+    captured.clear()
+    roll_out(lm, args, group_size=8)  # the next rollout finds its graphs
+    assert not captured
+
+
+def test_decoding_goes_on_without_graphs_where_they_do_not_work(monkeypatch, capsys):
+    plain = roll_out(random_model(), settings())
+    graph_shaped(monkeypatch)
+
+    def capture(self, rows, width):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(common.Decoder, "capture", capture)
+    lm = random_model()
+    roll = roll_out(lm, settings())
+    assert torch.equal(roll.heaviest()[roll.mask()], plain.heaviest()[plain.mask()])
+    assert capsys.readouterr().out.count("CUDA graphs do not work here") == 1 and lm.decoder.graphs is None
+
+
+def test_fork():
+    one = torch.ones(4, 1)
+    before, line, ids, weights = common.fork(torch.tensor([0, 0, 0, 1]), torch.tensor([[5], [8], [5], [5]]), one)
+    assert before.tolist() == [0, 0, 1] and line.tolist() == [0, 1, 0, 2] and ids.flatten().tolist() == [5, 8, 5]
+    assert torch.equal(weights, torch.ones(3, 1))
+    ids = torch.tensor([[151_935, 7], [7, 151_935], [151_935, 7], [151_935, 7]])
+    mixed = torch.tensor([[0.7, 0.3], [0.7, 0.3], [0.7, 0.3], [0.7000001, 0.2999999]])  # the smallest difference counts
+    before, line, new_ids, new_weights = common.fork(torch.zeros(4, dtype=torch.long), ids, mixed)
+    assert before.tolist() == [0, 0, 0] and line[0] == line[2] and line.unique().numel() == 3
+    assert torch.equal(new_ids[line], ids) and torch.equal(new_weights[line], mixed)
+
+
+@pytest.mark.parametrize("latent_steps", [0, 4])
+def test_rollouts_on_a_shared_line_are_what_they_would_be_alone(latent_steps, monkeypatch):
+    """A support of one candidate at many steps, as in a model that is sure: fewer lines than rollouts, same texts."""
+    args = settings(latent_steps=latent_steps, max_new_tokens=12, top_p=0.5, temperature=0.5)
+    lines, step = [], common.Decoder.step
+    monkeypatch.setattr(common.Decoder, "step", lambda self, embeds: lines.append(len(embeds)) or step(self, embeds))
+    shared, shared_lines = roll_out(random_model(), args, group_size=16), lines.copy()
+    lines.clear()
+    monkeypatch.setattr(common, "fork", lambda line, ids, weights: (line, torch.arange(len(line)), ids, weights))
+    alone = roll_out(random_model(), args, group_size=16)
+    assert lines[0] == 48 and shared_lines[0] < 48 and sum(shared_lines) < 0.8 * sum(lines)
+    assert torch.equal(shared.length, alone.length)
+    assert torch.equal(shared.heaviest()[shared.mask()], alone.heaviest()[alone.mask()])
+    assert torch.allclose(shared.weights, alone.weights, atol=1e-5)
+
+
+def test_rollouts_of_a_decoder_that_is_kept_do_not_see_the_last_ones():
+    """Long prompts first; then short ones, in the same buffers: as in fresh ones."""
+    lm, args = random_model(), settings(max_new_tokens=8)
+    roll_out(lm, args, group_size=8, prompts=[[3, 4, 5, 6, 9, 10, 11, 2, 3, 4], [7, 7, 7, 7, 7]])
+    kept = lm.decoder
+    again = roll_out(lm, args)
+    fresh = roll_out(random_model(), args)
+    assert lm.decoder is kept and torch.equal(again.ids, fresh.ids) and torch.allclose(again.weights, fresh.weights)
 
 
 def test_rows_that_stop_at_once():
@@ -555,15 +656,68 @@ def test_tau_to_zero_is_plain_grpo():
     assert_close_gradients(gradients(lm, roll, advantages, args)[0], grpo_gradients(lm, roll, advantages), 1e-3)
 
 
+class Largest(TorchDispatchMode):
+    """The most elements of any tensor made inside."""
+
+    size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.size = max(self.size, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_candidate_log_probs_are_those_of_the_full_softmax(frozen, monkeypatch):
+    """Values and both gradients against log_softmax and autograd, over chunk borders, with an id that occurs twice."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(50, 16, generator=generator).requires_grad_()
+    head = torch.randn(300, 16, generator=generator).requires_grad_(not frozen)
+    ids = torch.randint(0, 300, (50, 4), generator=generator)
+    ids[:, 3] = ids[:, 0]
+    upstream = torch.randn(50, 4, generator=generator)
+    expected = (hidden @ head.T / 0.7).log_softmax(-1).gather(-1, ids)
+    leaves = (hidden,) if frozen else (hidden, head)
+    theirs = torch.autograd.grad((expected * upstream).sum(), leaves)
+    monkeypatch.setattr(common.CandidateLogProbs, "numbers", 300 * 7)  # 7 steps a chunk; 50 is no multiple
+    with Largest() as largest:
+        ours = common.candidate_log_probs(SimpleNamespace(head=head), hidden, ids, 0.7)
+        gradients = torch.autograd.grad((ours * upstream).sum(), leaves)
+    assert largest.size <= 300 * 16  # the head's gradient: no (50, 300) of logits, forward or backward
+    assert torch.allclose(ours, expected, atol=1e-5)
+    for a, b in zip(gradients, theirs, strict=True):
+        assert torch.allclose(a, b, atol=1e-4 * b.abs().max())
+
+
+def test_an_update_never_holds_all_logits(monkeypatch):
+    """Not even with a KL term; a rollout holds them for one step."""
+    lm, start = (random_model(vocabulary=5000, seed=seed) for seed in (0, 7))
+    args = settings(kl_coef=0.1, top_k=5)
+    roll = roll_out(lm, args, group_size=64)
+    steps = int(roll.length.sum())
+    assert steps > 900
+    monkeypatch.setattr(common.CandidateLogProbs, "numbers", 5000 * 256)
+    with Largest() as largest:
+        lepo.update(lm, start, sgd(lm), roll, torch.ones(192), args)
+    assert 5000 * 250 < largest.size <= 5000 * 256 < 0.3 * 5000 * steps
+    with Largest() as largest:
+        roll_out(lm, args, group_size=64)
+    assert largest.size <= 5000 * 192
+
+
 def test_a_group_at_a_shared_state_is_pulled_by_sum_of_advantage_times_z():
     """At the first latent step sum_i A_i = 0 cancels pi, and with it all that the filter of (1) left out."""
     lm, args = random_model(), settings(latent_steps=1, max_new_tokens=2)
     roll = roll_out(lm, args, group_size=8, prompts=[[5, 6, 7]])
     advantages = lepo.group_advantages(torch.tensor([[1.0, 0, 0, 1, 1, 0, 0, 0]])).flatten()
-    log_probs, logits = lepo.trajectory_log_probs(lm, roll, torch.arange(8), args)
-    (pull,) = torch.autograd.grad((advantages * log_probs[:, 0]).sum(), logits)
+    ((rows, hidden),) = list(common.replays(lm, roll, torch.arange(8), 8))
+    log_probs = lepo.trajectory_log_probs(lm, roll, rows, hidden, args)
+    (pull,) = torch.autograd.grad((advantages[rows] * log_probs[:, 0]).sum(), hidden)
     z = torch.zeros(8, 12).scatter(-1, roll.ids[:, 0], roll.weights[:, 0])
-    assert torch.allclose(pull[:, 0].sum(0), (advantages[:, None] * z).sum(0), atol=1e-6)
+    expected = (advantages[:, None] * z).sum(0) @ lm.head  # the pull on the logits, through the head
+    assert torch.allclose(pull[:, 0].sum(0), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("ratio, advantage, value", [(1.5, 1, 1.2), (1.5, -1, -1.5), (0.5, 1, 0.5), (0.5, -1, -0.8)])
@@ -583,8 +737,31 @@ def test_exploding_ratio_stays_finite():
 
 
 def test_exact_kl_is_torchs():
-    a, b = torch.randn(2, 3, 4, 9, generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(lepo.exact_kl(a, b), kl_divergence(Categorical(logits=a), Categorical(logits=b)), atol=1e-6)
+    """In chunks, value and gradient."""
+    lm, start = random_model(), random_model(seed=7)
+    hidden, other = torch.randn(2, 600, 16, generator=torch.Generator().manual_seed(0))
+    hidden.requires_grad_()
+    kl = lepo.exact_kl(lm, hidden, start, other, temperature=0.7)
+    a, b = hidden @ lm.head.T / 0.7, other @ start.head.T / 0.7
+    expected = kl_divergence(Categorical(logits=a), Categorical(logits=b))
+    assert torch.allclose(kl, expected, rtol=1e-4, atol=1e-5)
+    ours, theirs = (torch.autograd.grad(value.sum(), (hidden, lm.head), retain_graph=True) for value in (kl, expected))
+    for x, y in zip(ours, theirs, strict=True):
+        assert torch.allclose(x, y, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_prompts_that_run_once_for_a_group_get_the_gradient_of_all_its_rows(size):
+    """Prompts in parts of `size`, rows in micro-batches of `size`, some rows and one prompt left out."""
+    lm, args = random_model(), settings(micro_batch=size, latent_steps=0)
+    roll, advantages = roll_out(lm, args), torch.randn(12, generator=torch.Generator().manual_seed(0))
+    advantages[4:8] = 0.0
+    advantages[1] = 0.0
+    runs = []
+    lm.model.model.layers[0].register_forward_pre_hook(lambda _, inputs: runs.append(len(inputs[0])))
+    ours, _ = gradients(lm, roll, advantages, args)
+    assert sum(runs) == 2 + (roll.length[advantages != 0] > 1).sum()  # prompts, rows with inputs: none twice
+    assert_close_gradients(ours, grpo_gradients(lm, roll, advantages))
 
 
 def test_kl_term_pulls_towards_the_start_model():
@@ -610,31 +787,39 @@ def test_cutting_into_micro_batches_changes_nothing(estimator):
     assert_close_gradients(gradients(lm, roll, advantages, args)[0], whole)
 
 
-@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
 def test_gradient_checkpointing_changes_nothing():
     lm, args = random_model(), settings()
     roll, advantages = roll_out(lm, args), torch.randn(12, generator=torch.Generator().manual_seed(0))
     plain, _ = gradients(lm, roll, advantages, args)
     passes = []
     lm.model.model.layers[0].self_attn.register_forward_pre_hook(lambda *_: passes.append(1))
-    lm.model.gradient_checkpointing_enable()
     args.gradient_checkpointing = True
     assert_close_gradients(gradients(lm, roll, advantages, args)[0], plain)
-    assert len(passes) == 2  # forward, and recomputed in backward: it was on
+    assert len(passes) == 4  # prompts and rows, forward, and recomputed in backward: it was on
+    passes.clear()
     roll_out(lm, args)  # and leaves rollouts, with their cache, alone
-    assert not lm.model.training
+    assert len(passes) == 6
 
 
 def test_bfloat16_compute_as_on_a_gpu(monkeypatch):
-    """autocast on the CPU stands in for the GPU's: dtypes fit together, and the gradient points the same way."""
+    """On the CPU, in a GPU's place: rollouts on a bfloat16 copy that follows the masters, the update under autocast."""
     lm, args = random_model(), settings()
     roll, advantages = roll_out(lm, args), torch.randn(12, generator=torch.Generator().manual_seed(0))
     plain, _ = gradients(lm, roll, advantages, args)
+    monkeypatch.setattr(common, "compute_dtype", lambda _: torch.bfloat16)
     monkeypatch.setattr(common, "autocast", lambda _: torch.autocast("cpu", torch.bfloat16))
     assert roll_out(lm, args).weights.dtype == torch.float32
+    assert lm.half.dtype == torch.bfloat16 and lm.model.dtype == torch.float32
+    assert lm.half.model.rotary_emb.inv_freq.dtype == torch.float32
     coarse, _ = gradients(lm, roll, advantages, args)
     a, b = (torch.cat([g.flatten() for g in each.values()]) for each in (plain, coarse))
     assert b.dtype == torch.float32 and not torch.equal(a, b) and F.cosine_similarity(a, b, dim=0) > 0.99
+    lepo.update(lm, lm, sgd(lm, 0.1), roll, advantages, args)
+    half = lm.half
+    roll_out(lm, args)
+    assert lm.half is half
+    for copy, master in zip(half.parameters(), lm.model.parameters(), strict=True):
+        assert torch.equal(copy, master.bfloat16())
 
 
 def test_second_pass_uses_the_first_ones_log_probabilities():
@@ -705,6 +890,105 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, how, capsys):
     assert (broken / "log.jsonl").read_bytes() == (whole / "log.jsonl").read_bytes()
     assert (broken / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
     assert {**resumed, "seconds": 0} == {**expected, "seconds": 0}
+
+
+# Numbers of prompts and of problems that two processes cannot share evenly; one batch of problems is a single one.
+UNEVEN = [*QUICK, "--steps", "4", "--prompts_per_step", "3", "--eval_problems", "7"]
+
+
+def torchrun(flags, script="lepo.py"):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *flags]
+    return subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def assert_same_run(ours, theirs):
+    """Logs and trained weights equal but for the order in which numbers were added (which Adam makes much of where a
+    gradient is as good as 0: single weights may differ by a learning rate, all together hardly)."""
+    logs = [[json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (ours, theirs)]
+    assert [row["step"] for row in logs[0]] == [row["step"] for row in logs[1]]
+    for a, b in zip(*logs, strict=True):
+        assert a.keys() == b.keys()
+        assert all(a[key] == b[key] or math.isclose(a[key], b[key], rel_tol=1e-4, abs_tol=1e-9) for key in a), (a, b)
+    flat = [torch.cat([w.flatten() for w in load_file(path).values()]) for path in (
+        ours / "model/model.safetensors", theirs / "model/model.safetensors", HERE / "tiny/model.safetensors"
+    )]  # fmt: skip
+    assert (flat[0] - flat[1]).norm() < 0.01 * (flat[1] - flat[2]).norm()
+
+
+SHARED_UPDATE = """
+import sys
+import torch
+from safetensors.torch import save_file
+import common, lepo, test_lepo as t
+
+common.start_processes("cpu")
+lm, args = t.random_model(), t.settings(micro_batch=3, kl_coef=0.1)
+roll = t.roll_out(lm, args)
+own = common.share(len(t.PROMPTS))
+advantages = torch.randn(12, generator=torch.Generator().manual_seed(0))[4 * own.start : 4 * own.stop]
+metrics = lepo.update(lm, t.random_model(seed=7), t.sgd(lm, 1.0), roll, advantages, args)
+assert roll.prompts == t.PROMPTS[own] and common.process()[1] == 2
+save_file(dict(lm.model.named_parameters()), f"{sys.argv[1]}/{common.process()[0]}")
+"""
+
+
+def test_two_processes_make_the_update_that_one_makes(tmp_path):
+    """Three prompts over two processes: weights after a step of SGD, on both, and equal to those of one process."""
+    (tmp_path / "script.py").write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\n{SHARED_UPDATE}")
+    process = torchrun([str(tmp_path)], script=str(tmp_path / "script.py"))
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    lm, args = random_model(), settings(micro_batch=3, kl_coef=0.1)
+    roll, advantages = roll_out(lm, args), torch.randn(12, generator=torch.Generator().manual_seed(0))
+    lepo.update(lm, random_model(seed=7), sgd(lm, 1.0), roll, advantages, args)
+    first, second = load_file(tmp_path / "0"), load_file(tmp_path / "1")
+    before = dict(random_model().model.named_parameters())
+    for name, weight in lm.model.named_parameters():
+        assert torch.equal(first[name], second[name])
+        assert (first[name] - weight).abs().max() < 1e-5 * (weight - before[name]).abs().max() + 1e-7, name
+
+
+def test_two_processes_are_one(tmp_path, capsys):
+    lepo.main([*UNEVEN, "--out", str(tmp_path / "one")])
+    one = last_line(capsys)
+    process = torchrun([*UNEVEN, "--out", str(tmp_path / "two")])
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert out.count("step    0") == 1  # only the first process speaks
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+    two = json.loads(out.strip().splitlines()[-1])
+    assert {**one, "seconds": 0} == {**two, "seconds": 0}
+
+
+def test_two_processes_stop_save_and_one_goes_on(tmp_path, capsys):
+    lepo.main([*UNEVEN, "--out", str(tmp_path / "whole")])
+    process = torchrun([*UNEVEN, "--out", str(tmp_path / "broken")])
+    log = tmp_path / "broken/log.jsonl"
+    while process.poll() is None:
+        if log.exists() and log.read_text().count("\n") >= 1:
+            process.send_signal(signal.SIGTERM)
+            break
+        time.sleep(0.005)
+    process.communicate()
+    assert log.read_text().count("\n") < 4
+    assert lepo.main(["--resume", str(tmp_path / "broken")]) == 0
+    assert_same_run(tmp_path / "broken", tmp_path / "whole")
+
+
+def test_a_mistake_is_said_once_by_several_processes(tmp_path):
+    process = torchrun([*QUICK, "--prompts_per_step", "1", "--out", str(tmp_path / "run")])
+    _, err = process.communicate()
+    assert process.returncode != 0 and err.count("error: --prompts_per_step must be at least the number of") == 1
+
+
+def test_shares_cover_everything_once(monkeypatch):
+    for total in (1, 2, 3, 8):
+        for count in (0, 1, 2, 7, 32):
+            covered = []
+            for number in range(total):
+                monkeypatch.setattr(common, "process", lambda number=number, total=total: (number, total))
+                covered += range(count)[common.share(count)]
+            assert covered == list(range(count))
 
 
 BAD_INPUTS = {  # case: (flags, what the line must mention)
