@@ -844,7 +844,7 @@ class PromptPass(Cache):
         super().__init__(layers=[])
         device, self.kept, self.row_prompts = lm.model.device, {}, None
         self.length = torch.tensor([len(p) for p in prompts], device=device)  # (P,)
-        self.place = torch.arange(int(self.length.max()), device=device)  # (L,)
+        self.place = torch.arange(max(map(len, prompts)), device=device)  # (L,)
         ids = torch.tensor([p + [lm.pad_id] * (len(self.place) - len(p)) for p in prompts], device=device)  # (P, L)
         causal = self.place <= self.place[:, None]  # (L, L)
         hidden = run_body(
@@ -892,14 +892,15 @@ def replays(lm, rollout, rows, micro_batch, checkpointing=False):
         mine = torch.isin(group, part).nonzero().squeeze(-1)  # (m,)
         for micro in mine[lengths[mine].argsort(stable=True)].split(micro_batch):  # (B,)
             of = (group[micro][:, None] == part).long().argmax(1).to(device)  # (B,) index into part
-            yield rows[micro], replay_rows(lm, rollout, rows[micro], prompts, of, checkpointing)
+            steps = int(lengths[micro].max())
+            yield rows[micro], replay_rows(lm, rollout, rows[micro], steps, prompts, of, checkpointing)
         prompts.backward()
 
 
-def replay_rows(lm, rollout, rows, prompts, of, checkpointing):
-    """Hidden states (B, T, D) of rows (B,) that continue the prompts `of` (B,)."""
+def replay_rows(lm, rollout, rows, count, prompts, of, checkpointing):
+    """Hidden states (B, T, D) before the first `count` steps T of rows (B,), which continue the prompts `of` (B,)."""
     first = prompts.last.index_select(0, of)[:, None]  # (B, 1, D)
-    steps = torch.arange(int(rollout.length[rows].max()) - 1, device=first.device)  # (T-1,) nothing follows a last one
+    steps = torch.arange(count - 1, device=first.device)  # (T-1,) the last is never fed: nothing follows it
     if not len(steps):
         return first
     prompts.row_prompts = of

@@ -395,7 +395,7 @@ def update(lm, start, optimizer, roll, advantages, args):
     if not used:
         return {"grad_norm": 0.0, "surprise": None, "clipped": 0.0, "kl": 0.0}
     old = {}  # log-probabilities under theta_old, by micro-batch, kept from the first pass
-    sums = dict.fromkeys(("clipped", "kl", "surprise"), 0.0)
+    sums = torch.zeros(3, device=advantages.device)  # of clipped steps, KL and surprise; read only at the end
     for _ in range(args.updates_per_batch):
         optimizer.zero_grad()
         replays = common.replays(lm, roll, rows, args.micro_batch, args.gradient_checkpointing)
@@ -405,14 +405,13 @@ def update(lm, start, optimizer, roll, advantages, args):
             valid = mask[micro, : log_probs.shape[1]]  # (B, T)
             old_log_probs = old.setdefault(i, log_probs.detach())  # (B, T)
             gain, clipped = surrogate(log_probs, old_log_probs, advantages[micro, None], args.clip)  # (B, T)
-            loss = -(gain * valid).sum() / normaliser
+            loss, kl = -(gain * valid).sum() / normaliser, torch.zeros_like(sums[0])
             if args.kl_coef:
-                kl = exact_kl(lm, hidden[valid], start, start_hidden[valid], args.temperature).sum()
-                loss = loss + args.kl_coef * kl / normaliser
-                sums["kl"] += kl.item() / normaliser
+                kl = exact_kl(lm, hidden[valid], start, start_hidden[valid], args.temperature).sum() / normaliser
+                loss = loss + args.kl_coef * kl
             loss.backward()
-            sums["clipped"] += (clipped & valid).sum().item()
-            sums["surprise"] -= (log_probs.detach() * valid)[:, args.latent_steps :].sum().item()
+            surprise = -(log_probs * valid)[:, args.latent_steps :].sum()
+            sums += torch.stack([(clipped & valid).sum(), kl, surprise]).detach()
         common.reduce_gradients(lm.model)
         grad_norm = torch.nn.utils.clip_grad_norm_(lm.model.parameters(), args.grad_clip).item()
         if not math.isfinite(grad_norm):
@@ -420,7 +419,7 @@ def update(lm, start, optimizer, roll, advantages, args):
                             "with a lower --lr, and it goes on with the next batch")  # fmt: skip
         optimizer.step()
     passes = args.updates_per_batch
-    clipped, kl, surprise = (common.all_reduce(torch.tensor(list(sums.values()))) / passes).tolist()
+    clipped, kl, surprise = (common.all_reduce(sums) / passes).tolist()
     return {"grad_norm": grad_norm, "surprise": surprise / max(written, 1), "clipped": clipped / used, "kl": kl}
 
 
