@@ -374,7 +374,7 @@ def bench_step(args, lm, prompts, lepo_args):
 
 
 def trl_steps(args, rows):
-    """Seconds between the ends of GRPOTrainer's steps on the same prompts, model, lengths and reward; [] without trl."""
+    """Seconds between ends of GRPOTrainer's steps, on the same prompts, model, lengths and reward; [] without trl."""
     try:
         from datasets import Dataset
         from transformers import AutoModelForCausalLM, TrainerCallback

@@ -23,6 +23,7 @@ import re
 import signal
 import socket
 import sys
+import time
 import urllib.parse
 import urllib.request
 from dataclasses import dataclass, field
@@ -81,8 +82,10 @@ def run_main(main):
 
 
 def is_out_of_memory(error):
-    """A GPU's OutOfMemoryError, Python's MemoryError, or the plain RuntimeError of torch's CPU allocator."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    """A GPU's OutOfMemoryError, Python's MemoryError, or a plain RuntimeError of torch's CPU allocator or cuBLAS."""
+    said = str(error)
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or "can't allocate memory" in said or "CUBLAS_STATUS_ALLOC_FAILED" in said
 
 
 class StopSignal:
@@ -95,10 +98,12 @@ class StopSignal:
         return self
 
     def handle(self, signum, frame):
-        if self.requested:
+        if not self.requested:
+            self.requested, self.since = True, time.monotonic()
+            if process()[0] == 0:
+                print("\nstopping: this step will be finished and saved (once more to stop at once)", file=sys.stderr)
+        elif time.monotonic() > self.since + 1:  # sooner, it is torchrun passing on what the terminal has sent already
             raise KeyboardInterrupt
-        self.requested = True
-        print("\nstopping: this step will be finished and saved (once more to stop at once)", file=sys.stderr)
 
     def __exit__(self, *exc):
         for signum, handler in self.previous.items():
@@ -157,17 +162,6 @@ def mean(values):
     """Mean of a tensor's values over all processes -> float; NaN when there are none."""
     total, count = all_reduce(torch.tensor([values.sum(), values.numel()], dtype=torch.float64)).tolist()
     return total / count if count else math.nan
-
-
-def gather(values):
-    """Concatenate the tensors of all processes along dimension 1, in their order: (C, own, …) -> (C, all, …)"""
-    number, total = process()
-    sizes = torch.zeros(total, dtype=torch.long)
-    sizes[number] = values.shape[1]
-    sizes = all_reduce(sizes).tolist()
-    whole = values.new_zeros(values.shape[0], sum(sizes), *values.shape[2:])
-    whole[:, sum(sizes[:number]) :][:, : sizes[number]] = values
-    return all_reduce(whole)
 
 
 def synchronise(generator, steps):
@@ -475,11 +469,11 @@ class LanguageModel:
         bytes to read at every step, which this call makes equal to the masters as they are now."""
         if compute_dtype(self.model.device) == torch.float32:
             return self.model
-        if self.half is None:
-            self.half = copy.deepcopy(self.model).requires_grad_(False)
-            for weight in self.half.parameters():  # parameters only: rotary frequencies must stay float32
-                weight.data = weight.data.bfloat16()
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # tensors that may be used anywhere
+            if self.half is None:
+                self.half = copy.deepcopy(self.model).requires_grad_(False)
+                for weight in self.half.parameters():  # parameters only: rotary frequencies must stay float32
+                    weight.data = weight.data.bfloat16()
             for weight, master in zip(self.half.parameters(), self.model.parameters(), strict=True):
                 weight.copy_(master)
         return self.half
@@ -618,6 +612,13 @@ def mix_embeddings(table, ids, weights):
     return flat.view(*ids.shape[:-1], table.shape[1])
 
 
+def right_pad(prompts, pad_id, device):
+    """-> ids (P, L), lengths (P,). Right, so that a token's column is its position; nothing ever sees the padding."""
+    ids = [torch.tensor(prompt, device=device) for prompt in prompts]
+    length = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (P,)
+    return torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad_id), length
+
+
 class Decoder(Cache):
     """A KV cache that never moves, and one decoding step over it: what makes rollouts fast.
 
@@ -662,11 +663,9 @@ class Decoder(Cache):
 
     def prefill(self, prompts, table, pad_id):
         """Start with one line for each prompt -> logits (P, V) after them."""
-        length = torch.tensor([len(p) for p in prompts], device=table.device)  # (P,)
-        self.width = max(map(len, prompts))
-        ids = torch.tensor([p + [pad_id] * (self.width - len(p)) for p in prompts], device=table.device)  # (P, L)
+        ids, length = right_pad(prompts, pad_id, table.device)  # (P, L), (P,)
+        self.prefilling, self.extent, self.width = True, ids.shape, ids.shape[1]
         causal = self.column[: self.width] <= self.column[: self.width, None]  # (L, L)
-        self.prefilling, self.extent = True, ids.shape
         hidden = self.model.base_model(
             inputs_embeds=F.embedding(ids, table).to(self.embeds.dtype), attention_mask=causal[None, None],
             position_ids=self.column[None, : self.width], past_key_values=self, use_cache=True,
@@ -843,19 +842,19 @@ class PromptPass(Cache):
     def __init__(self, lm, prompts, checkpointing):
         super().__init__(layers=[])
         device, self.kept, self.row_prompts = lm.model.device, {}, None
-        self.length = torch.tensor([len(p) for p in prompts], device=device)  # (P,)
-        self.place = torch.arange(max(map(len, prompts)), device=device)  # (L,)
-        ids = torch.tensor([p + [lm.pad_id] * (len(self.place) - len(p)) for p in prompts], device=device)  # (P, L)
+        ids, self.length = right_pad(prompts, lm.pad_id, device)  # (P, L), (P,)
+        self.place = torch.arange(ids.shape[1], device=device)  # (L,)
         causal = self.place <= self.place[:, None]  # (L, L)
         hidden = run_body(
             lm, checkpointing, inputs_embeds=F.embedding(ids, lm.table), attention_mask=causal[None, None],
             position_ids=self.place[None], past_key_values=self,
         )  # (P, L, D)  # fmt: skip
         last = hidden[torch.arange(len(prompts), device=device), self.length - 1]  # (P, D)
+        # All that rows take from the prompts, in the graph and cut out of it: last states, every layer's keys and values.
         self.made = [last, *(tensor for pair in self.kept.values() for tensor in pair)]
         self.cut = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in self.made]
-        self.last = self.cut[0]
-        self.shared = dict(zip(self.kept, zip(self.cut[1::2], self.cut[2::2], strict=True), strict=True))
+        self.last, keys, values = self.cut[0], self.cut[1::2], self.cut[2::2]
+        self.shared = {layer: pair for layer, *pair in zip(self.kept, keys, values, strict=True)}
 
     def update(self, key, value, layer, *args, **kwargs):
         if self.row_prompts is None:
@@ -866,7 +865,7 @@ class PromptPass(Cache):
 
     def backward(self):
         self.row_prompts = None  # checkpointing runs the prompts' layers again
-        pairs = [(tensor, copy.grad) for tensor, copy in zip(self.made, self.cut, strict=True) if copy.grad is not None]
+        pairs = [(tensor, leaf.grad) for tensor, leaf in zip(self.made, self.cut, strict=True) if leaf.grad is not None]
         if pairs:
             torch.autograd.backward(*zip(*pairs, strict=True))
 

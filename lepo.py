@@ -442,18 +442,18 @@ def evaluate(lm, held_out, args, full):
             own = batch[common.share(len(batch))]
             scores = score(texts_of(lm, roll, args, latent_steps), own, group_size)  # (2, P, G)
             lengths = roll.length.cpu().float().view(1, len(own), group_size)
-            parts.append(common.gather(torch.cat([scores, lengths])))
-        return torch.cat(parts, 1)  # (strict | flexible | length, P, G)
+            parts.append(torch.cat([scores, lengths]))
+        return torch.cat(parts, 1)  # (strict | flexible | length, P, G), of this process's share
 
-    greedy, flexible, length = run("noise-free", 1, args.latent_steps, False).mean((1, 2)).tolist()
+    greedy, flexible, length = map(common.mean, run("noise-free", 1, args.latent_steps, False))
     result = {"greedy": greedy, "greedy_flexible": flexible, "length": length}
     if full:
         k = args.eval_samples
         sampled = run("sampled", k, args.latent_steps, True)  # (3, P, k)
         counts = sampled[0].sum(1).int().tolist()
-        result |= {"sampled": sampled[0].mean().item(), "sampled_flexible": sampled[1].mean().item()}
-        result[f"pass@{k}"] = sum(common.pass_at_k(k, c, k) for c in counts) / len(counts)
-        off = run("latents off", 1, 0, False)[0].mean().item() if args.latent_steps else greedy
+        result |= {"sampled": common.mean(sampled[0]), "sampled_flexible": common.mean(sampled[1])}
+        result[f"pass@{k}"] = common.mean(torch.tensor([common.pass_at_k(k, c, k) for c in counts]))
+        off = common.mean(run("latents off", 1, 0, False)[0]) if args.latent_steps else greedy
         result["greedy_no_latents"] = off
     return result
 
@@ -582,6 +582,8 @@ def main(argv=None):
     number, processes = common.process()
     if args.prompts_per_step < processes:
         raise UserError(f"--prompts_per_step must be at least the number of processes, {processes}")
+    if processes > 1 and args.noise not in ("gumbel", "none"):
+        raise UserError("several processes share out Gumbel noise only: --noise gumbel, or one process")
     lm = common.load_model(args.model, args.device)
     start = replace(lm, model=copy.deepcopy(lm.model).requires_grad_(False)) if args.kl_coef else None
     generator = torch.Generator(args.device).manual_seed(args.seed)

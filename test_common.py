@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -196,7 +197,19 @@ def test_model_names():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# pass@k and checkpoints.
+# Interrupts, pass@k and checkpoints.
+
+
+def test_a_second_interrupt_stops_at_once_but_an_echo_of_the_first_does_not(monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr(common.time, "monotonic", lambda: now[0])
+    with common.StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)  # torchrun, which has seen the first, sends this
+        assert stop.requested and capsys.readouterr().err.count("stopping") == 1
+        now[0] += 2.0
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample():

@@ -817,7 +817,7 @@ def test_bfloat16_compute_as_on_a_gpu(monkeypatch):
     lepo.update(lm, lm, sgd(lm, 0.1), roll, advantages, args)
     half = lm.half
     roll_out(lm, args)
-    assert lm.half is half
+    assert lm.player() is lm.half is half  # outside a rollout, too
     for copy, master in zip(half.parameters(), lm.model.parameters(), strict=True):
         assert torch.equal(copy, master.bfloat16())
 
@@ -975,10 +975,14 @@ def test_two_processes_stop_save_and_one_goes_on(tmp_path, capsys):
     assert_same_run(tmp_path / "broken", tmp_path / "whole")
 
 
-def test_a_mistake_is_said_once_by_several_processes(tmp_path):
-    process = torchrun([*QUICK, "--prompts_per_step", "1", "--out", str(tmp_path / "run")])
+@pytest.mark.parametrize("flags, said", [
+    (["--prompts_per_step", "1"], "--prompts_per_step must be at least the number of processes"),
+    (["--noise", "gaussian"], "several processes share out Gumbel noise only"),
+])  # fmt: skip
+def test_a_mistake_is_said_once_by_several_processes(flags, said, tmp_path):
+    process = torchrun([*QUICK, *flags, "--out", str(tmp_path / "run")])
     _, err = process.communicate()
-    assert process.returncode != 0 and err.count("error: --prompts_per_step must be at least the number of") == 1
+    assert process.returncode != 0 and err.count(f"error: {said}") == 1
 
 
 def test_shares_cover_everything_once(monkeypatch):

@@ -4,6 +4,7 @@
 #   bash train_gsm8k.sh                  # both runs, seed 0
 #   SEED=1 bash train_gsm8k.sh           # another seed: the table then has mean ± std
 #   bash train_gsm8k.sh --steps 20       # flags are passed on to both runs
+#   GPUS=8 bash train_gsm8k.sh           # eight GPUs share the prompts of each step
 #
 # Each run evaluates the model before and after on the whole test set. A run that was stopped is continued by starting
 # the script again, with the flags it began with. No GPU was at hand when this was written: the memory figures are arithmetic, not readings.
@@ -20,21 +21,24 @@ flags=(
   --steps 200                   # 6,400 of the 7,473 problems: under one epoch, nothing is seen twice
   --warmup 6                    # 3 %, the paper's
   --lr 1e-6                     # the paper's
-  --micro_batch 4               # rows per backward pass: 4 x 400 x 151,936 logits in float32 are 1 GB, held about four times
+  --micro_batch 4               # rows per backward pass: memory for activations, not results
   --eval_problems 1319          # all of them: standard error 1.4 points at 50 % accuracy
   --eval_samples 8              # pass@8
   --eval_every 0                # a noise-free evaluation costs the rollouts of five steps, a full one those of fifty
   --save_every 20
   --seed "$seed"
 )
-# Memory: float32 weights, gradients and Adam's two moments of 494M parameters 7.9 GB, bf16 copies of the weights 1 GB.
-# Then either the rollout: KV cache of 256 rows x 700 positions x 24 layers x 128 x (4 + 2) bytes, 3.3 GB;
-# or the update: logits about 4 GB, activations about 3 GB; or Adam's temporaries, 2 GB.
+# Memory: float32 weights, gradients and Adam's two moments of 494M parameters 7.9 GB, their bf16 copy for rollouts 1 GB,
+# KV cache of 256 rows x 700 positions x 24 layers x 256 numbers x 2 bytes 2.2 GB. The update adds about 5 GB:
+# activations of four rows 3 GB, logits of 441 steps and the head's gradient 1 to 2 GB.
+
+launch=(python)
+if [ "${GPUS:-1}" -gt 1 ]; then launch=(torchrun --standalone --nproc_per_node="$GPUS"); fi
 
 run() {  # run <folder> <flags>: start it, or continue it, or leave it when it is done
   if [ -f "$1/result.json" ]; then echo "$1 is done"
-  elif [ -f "$1/checkpoint.safetensors" ]; then python lepo.py --resume "$1"
-  else python lepo.py --out "$1" "${@:2}"
+  elif [ -f "$1/checkpoint.safetensors" ]; then "${launch[@]}" lepo.py --resume "$1"
+  else "${launch[@]}" lepo.py --out "$1" "${@:2}"
   fi
 }
 
