@@ -16,6 +16,7 @@ at is the ratio of two of them in one run. The last line is JSON.
 """
 
 import contextlib
+import io
 import json
 import math
 import multiprocessing
@@ -273,23 +274,22 @@ def bandwidth_share(args, lm, prompts, rate):
     return share
 
 
-def gradient_of(contestant, lm, roll, advantages, lepo_args):
-    """Leave the gradients of one update in lm.model."""
+def gradient_of(settings, lm, roll, advantages, lepo_args):
+    """Leave the gradients of one update in lm.model; settings: what of lepo_args to change, None for the naive one."""
     lm.model.zero_grad()
-    if contestant == "all logits at once":
+    if settings is None:
         return naive_gradient(lm, roll, advantages, lepo_args)
-    size = 1 if contestant.endswith("of 1") else lepo_args.micro_batch
-    changed = {"micro_batch": size, "gradient_checkpointing": "checkpointing" in contestant, "grad_clip": math.inf}
+    changed = settings | {"grad_clip": math.inf}
     frozen = torch.optim.SGD(lm.model.parameters(), lr=0.0)  # gradients only: the optimisers would be the same
     return lepo.update(lm, None, frozen, roll, advantages, type(lepo_args)(**vars(lepo_args) | changed))
 
 
-def memory_of(contestant, args, roll, advantages, path):
+def memory_of(settings, args, roll, advantages, path):
     """In a process of its own: -> the peak memory of one update; its gradients go to `path`."""
     lm, _, lepo_args = setup(args)
     roll, advantages = moved(roll, args.device), advantages.to(args.device)
     with peak_memory(args.device) as peak:
-        gradient_of(contestant, lm, roll, advantages, lepo_args)
+        gradient_of(settings, lm, roll, advantages, lepo_args)
     save_file({name: p.grad.contiguous() for name, p in lm.model.named_parameters()}, path)
     return peak
 
@@ -314,33 +314,40 @@ def bench_update(args, lm, prompts, lepo_args):
     lm.decoder = lm.half = None  # the rollout's memory is not the update's
     advantages = torch.randn(len(roll.length), generator=torch.Generator().manual_seed(0))  # none is 0
     naive, size = "all logits at once", lepo_args.micro_batch
-    contestants = [f"ours, micro-batches of {size}", "ours, micro-batches of 1", f"ours, of {size}, checkpointing"]
-    contestants.append(naive)
-    if args.shape == "tiny":
-        contestants.pop(1)
-    peaks = {}
+    contestants = {
+        naive: None,
+        f"ours, micro-batches of {size}": {},
+        f"ours, of {size}, checkpointing": {"gradient_checkpointing": True},
+        "ours, of 1, checkpointing": {"gradient_checkpointing": True, "micro_batch": 1},
+    }
+    if args.shape == "tiny":  # nothing to save
+        del contestants["ours, of 1, checkpointing"]
+    peaks, on_cpu = {}, moved(roll, "cpu")
     with tempfile.TemporaryDirectory() as folder:
-        for name in tqdm(contestants[::-1], desc="memory", leave=False, disable=None):
+        for name, settings in tqdm(contestants.items(), desc="memory", leave=False, disable=None):
             with multiprocessing.get_context("spawn").Pool(1) as pool:
-                peaks[name] = pool.apply(memory_of, (name, args, moved(roll, "cpu"), advantages, f"{folder}/{name}"))
+                peaks[name] = pool.apply(memory_of, (settings, args, on_cpu, advantages, f"{folder}/{name}"))
             peaks[name]["gradient_apart"] = relative_distance(f"{folder}/{name}", f"{folder}/{naive}")
-    on_device = advantages.to(args.device)
-    turns = take_turns(
-        {name: lambda n=name: gradient_of(n, lm, roll, on_device, lepo_args) for name in contestants},
-        args.repeats, args.device,
-    )  # fmt: skip
+    advantages = advantages.to(args.device)
+    turns = take_turns({
+        name: lambda s=settings: gradient_of(s, lm, roll, advantages, lepo_args)
+        for name, settings in contestants.items()
+    }, args.repeats, args.device)  # fmt: skip
     times = {name: statistics.median(s for s, _ in values) for name, values in turns.items()}
-    table(f"Update, {len(roll.length)} rows of {roll.length.float().mean():.0f} steps", [{
-        "": name, "s": f"{times[name]:.3f}", "peak, GB": f"{peaks[name]['total'] / 1e9:.2f}",
-        "above the weights, GB": f"{peaks[name]['above'] / 1e9:.2f}",
-        "share": f"{peaks[name]['above'] / peaks[naive]['above']:.2f}",
-        "gradient apart": f"{peaks[name]['gradient_apart']:.1e}",
+
+    def gigabytes(name, key):
+        return f"{peaks[name][key] / 1e9:.2f} ({peaks[name][key] / peaks[naive][key]:.2f})"
+
+    title = f"Update, {len(roll.length)} rows of {roll.length.float().mean():.0f} steps; (share of the first)"
+    table(title, [{
+        "": name, "s": f"{times[name]:.3f}", "peak, GB": gigabytes(name, "total"),
+        "above the weights, GB": gigabytes(name, "above"), "gradient apart": f"{peaks[name]['gradient_apart']:.1e}",
     } for name in contestants])  # fmt: skip
     result = {"seconds": times, "peaks": peaks}
     if args.device == "cuda":
         _, rate = ceilings()
         tokens = int(roll.length.sum()) + sum(map(len, prompts))  # that a model has to see: a prompt once
-        result["mfu"] = 6 * sum(p.numel() for p in lm.model.parameters()) * tokens / times[contestants[0]] / rate
+        result["mfu"] = 6 * sum(p.numel() for p in lm.model.parameters()) * tokens / list(times.values())[1] / rate
         print(f"\nA matrix product reaches {rate / 1e12:,.0f} TFLOP/s; at 6 FLOP a weight and token the update reaches "
               f"{result['mfu']:.0%} of that.")  # fmt: skip
     return result
@@ -389,7 +396,7 @@ def trl_steps(args, rows):
 
     count, needed = args.prompts * 8, args.prompts * (args.repeats + 1)
     data = Dataset.from_list([{"prompt": stream[i].question, "index": i} for i in range(needed)])
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         config = GRPOConfig(
             output_dir=folder, use_cpu=args.device == "cpu", bf16=args.device == "cuda", report_to=[],
             per_device_train_batch_size=min(rows, count), gradient_accumulation_steps=max(1, count // rows),

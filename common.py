@@ -850,7 +850,7 @@ class PromptPass(Cache):
             position_ids=self.place[None], past_key_values=self,
         )  # (P, L, D)  # fmt: skip
         last = hidden[torch.arange(len(prompts), device=device), self.length - 1]  # (P, D)
-        # All that rows take from the prompts, in the graph and cut out of it: last states, keys and values of every layer.
+        # All that rows take from the prompts, in the graph and cut out of it: last states, every layer's keys, values.
         self.made = [last, *(tensor for pair in self.kept.values() for tensor in pair)]
         self.cut = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in self.made]
         self.last, keys, values = self.cut[0], self.cut[1::2], self.cut[2::2]
