@@ -64,8 +64,12 @@ def run_main(main):
     """Run a script's main(); turn user errors into one line and exit code 2, an interrupt into exit code 130."""
     try:
         code = main()
+        if dist.is_initialized():  # after an error the others are not there to say goodbye to: torchrun ends them
+            dist.destroy_process_group()
     except (UserError, OSError) as error:  # OSError: a full disk, a folder without permission
-        if os.environ.get("RANK", "0") == "0":  # processes started together find the same mistake
+        if dist.is_initialized() and process()[0]:
+            print(f"error in process {process()[0]}: {error}", file=sys.stderr)
+        elif os.environ.get("RANK", "0") == "0":  # before they have met, all find the same mistakes
             print(f"error: {error}", file=sys.stderr)
         code = 2
     except (RuntimeError, MemoryError) as error:
@@ -76,8 +80,6 @@ def run_main(main):
         code = 2
     except KeyboardInterrupt:
         code = 130
-    if dist.is_initialized():
-        dist.destroy_process_group()
     sys.exit(code)
 
 
@@ -466,7 +468,8 @@ class LanguageModel:
 
     def player(self):
         """The model that rollouts run on: on a CPU the masters themselves; on a GPU a bfloat16 copy of them, half the
-        bytes to read at every step, which this call makes equal to the masters as they are now."""
+        bytes to read at every step, which this call makes equal to the masters as they are now. The update computes
+        with the masters under autocast: on a GPU the two agree to bfloat16 precision only."""
         if compute_dtype(self.model.device) == torch.float32:
             return self.model
         with torch.inference_mode(False), torch.no_grad():  # tensors that may be used anywhere
@@ -620,18 +623,20 @@ def right_pad(prompts, pad_id, device):
 
 
 class Decoder(Cache):
-    """A KV cache that never moves, and one decoding step over it: what makes rollouts fast.
+    """A KV cache that stays where it is, and one decoding step over it: what makes rollouts fast.
 
     Row n's position i is column i of one tensor per layer, preallocated, kept from rollout to rollout and written in
-    place; a cache that grows by concatenation copies all it holds at every step. Rows start at column 0 without
-    padding: what a shorter prompt leaves unused is overwritten before it can be seen. Each prompt runs once, for its
-    whole group. Only a last position ever meets the head.
+    place; a cache that grows by concatenation copies all it holds at every step, this one only when rows fork or leave.
+    Rows start at column 0 without padding: what a shorter prompt leaves unused is overwritten before it can be seen.
+    Each prompt runs once, for its whole group. Only a last position ever meets the head.
 
     On a GPU the step of a small model is a thousand launches, each longer than its work. There it is captured as a
     CUDA graph and replayed in one launch; batch size and attention width are rounded so that few graphs serve a whole
     run. `forward` is all that is captured: it reads and writes at fixed addresses. Where capturing fails, `forward`
     runs as it is.
     """
+
+    capturable = True  # until it has failed once
 
     def __init__(self, model, rows, columns):
         super().__init__(layers=[])  # the attention layers call `update`, as on any cache of transformers
@@ -643,7 +648,7 @@ class Decoder(Cache):
         self.row = torch.arange(rows, device=model.device)
         self.column = torch.arange(columns, device=model.device)
         on_gpu = model.device.type == "cuda"
-        self.graphs = {} if on_gpu else None  # (rows, width) -> what `capture` returns
+        self.graphs = {} if on_gpu and Decoder.capturable else None  # (rows, width) -> what `capture` returns
         self.pool = torch.cuda.graph_pool_handle() if on_gpu else None  # graphs run one at a time and share memory
 
     def update(self, key, value, layer, *args, **kwargs):
@@ -701,7 +706,7 @@ class Decoder(Cache):
             if is_out_of_memory(error):
                 raise
             print(f"CUDA graphs do not work here ({error}); decoding goes on without them, more slowly")
-            self.graphs = None
+            self.graphs, Decoder.capturable = None, False
             return F.linear(self.forward(rows, self.width), self.head)
         replay, hidden = self.graphs[shape]
         replay()
@@ -710,14 +715,17 @@ class Decoder(Cache):
     def capture(self, rows, width):
         """-> (a function that replays `forward` for these shapes, the tensor in which it leaves its result)"""
         graph, position = torch.cuda.CUDAGraph(), self.position.clone()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
+        stream, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(stream)
         with torch.cuda.stream(side):  # libraries set themselves up in a first run, which must not be captured
             self.forward(rows, width)
             self.position.copy_(position)
-        torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(graph, pool=self.pool):
-            hidden = self.forward(rows, width)
+        stream.wait_stream(side)
+        try:
+            with torch.cuda.graph(graph, pool=self.pool):
+                hidden = self.forward(rows, width)
+        finally:
+            torch.cuda.set_stream(stream)  # a capture that fails leaves its own behind
         return graph.replay, hidden
 
     def batch_size(self, running):
@@ -1029,6 +1037,8 @@ def save_checkpoint(path, model, optimizer, generator, state):
     """All of a run in one safetensors file: weights, optimiser, RNG, and `state` (JSON: step, data position, …)."""
     tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}  # tied weights appear once
     for i, slots in optimizer.state_dict()["state"].items():
+        if len(slots) < 3:  # Adam has a step and two moments, or less where memory ended in its first step
+            continue
         tensors |= {f"optimizer.{i}.{name}": value for name, value in slots.items()}
     tensors["generator"] = generator.get_state()
     metadata = {"state": json.dumps(state)}

@@ -56,6 +56,7 @@ import copy
 import itertools
 import json
 import math
+import os
 import time
 from dataclasses import replace
 
@@ -151,6 +152,7 @@ def parse_args(argv=None):
     parser.set_defaults(**(state["args"] if state else TINY if common.is_tiny(first.model) else {}))
     args = parser.parse_args(argv)
     done, begun = (state["step"], state["args"]) if state else (0, vars(args))
+    processes = int(os.environ.get("WORLD_SIZE", 1))  # from torchrun
     at_least_1 = ["prompts_per_step", "micro_batch", "updates_per_batch", "draws", "eval_samples", "eval_problems"]
     not_negative = ["steps", "latent_steps", "top_k", "clip", "lr", "weight_decay", "kl_coef", "warmup", "eval_every",
                     "show_every", "save_every"]  # fmt: skip
@@ -161,6 +163,10 @@ def parse_args(argv=None):
         (not (state and args.out), "--resume goes on in its own folder: leave --out away"),
         (args.model == begun["model"], "--model cannot change in a run"),
         (args.device == begun["device"], "--device cannot change in a run: each has a random generator of its own"),
+        (args.prompts_per_step >= processes,
+         f"--prompts_per_step must be at least the number of processes, {processes}"),
+        (processes == 1 or args.noise in ("gumbel", "none"),
+         "several processes share out Gumbel noise only: --noise gumbel, or one process"),
         (args.group_size >= 2, "--group_size must be at least 2: an advantage compares rollouts"),
         (args.latent_steps < args.max_new_tokens, "--latent_steps must leave --max_new_tokens room to write"),
         (args.tau > 0 and args.temperature > 0, "--tau and --temperature must be above 0"),
@@ -434,7 +440,7 @@ def evaluate(lm, held_out, args, full):
     generator = torch.Generator(args.device).manual_seed(12345)
 
     def run(name, group_size, latent_steps, noisy):
-        # As many rows at once as a training rollout has: what fits there fits here.
+        # As many rows at once as a training rollout has: a KV cache that fits there fits here.
         size, parts = max(1, args.prompts_per_step * args.group_size // group_size), []
         for i in common.progress(range(0, len(prompts), size), desc=f"evaluating: {name}", leave=False):
             batch = problems[i : i + size]
@@ -518,6 +524,8 @@ def train_step(lm, start, optimizer, stream, state, args, generator):
         "rollout_seconds": rolled - began,
         "tokens_per_second": row["length"] * args.prompts_per_step * args.group_size / (rolled - began),
     }
+    if not problems:  # so few are left that another process has them
+        return row, timing, ""
     n = int(((1 - weights.amax(-1)) * is_latent).sum(1).argmax())  # the rollout with the softest thoughts is shown
     problem, reward = problems[n // args.group_size], strict.flatten()[n].item()
     return row, timing, describe(lm, roll, n, problem, texts[n], reward, args.latent_steps)
@@ -580,10 +588,6 @@ def main(argv=None):
     began = time.time()
     common.start_processes(args.device)
     number, processes = common.process()
-    if args.prompts_per_step < processes:
-        raise UserError(f"--prompts_per_step must be at least the number of processes, {processes}")
-    if processes > 1 and args.noise not in ("gumbel", "none"):
-        raise UserError("several processes share out Gumbel noise only: --noise gumbel, or one process")
     lm = common.load_model(args.model, args.device)
     start = replace(lm, model=copy.deepcopy(lm.model).requires_grad_(False)) if args.kl_coef else None
     generator = torch.Generator(args.device).manual_seed(args.seed)

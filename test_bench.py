@@ -4,6 +4,9 @@
 """
 
 import json
+import os
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: tests are about the CPU
 
 import pytest
 import torch

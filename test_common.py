@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may depend on a network
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: tests are about the CPU
 
 import pytest
 import torch

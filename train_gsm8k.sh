@@ -33,7 +33,10 @@ flags=(
 # activations of four rows 3 GB, logits of 441 steps and the head's gradient 1 to 2 GB.
 
 launch=(python)
-if [ "${GPUS:-1}" -gt 1 ]; then launch=(torchrun --standalone --nproc_per_node="$GPUS"); fi
+if [ "${GPUS:-1}" -gt 1 ]; then
+  launch=(torchrun --standalone --nproc_per_node="$GPUS")
+  export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600  # seconds in which a step may end and be saved after Ctrl-C
+fi
 
 run() {  # run <folder> <flags>: start it, or continue it, or leave it when it is done
   if [ -f "$1/result.json" ]; then echo "$1 is done"
