@@ -779,8 +779,8 @@ def decode(lm, prompts, group_size, max_new_tokens, choose):
             running = int((~stopped[rows]).sum())
             if not running:
                 break
-            kept = stopped[rows].byte().argsort(stable=True)[: decoder.batch_size(running)]  # the running ones first
-            if len(kept) < len(rows):
+            if (size := decoder.batch_size(running)) < len(rows):
+                kept = stopped[rows].byte().argsort(stable=True)[:size]  # the running ones first
                 rows, fed = rows[kept], [x[kept] for x in fed]
         if decoder.graphs is None:
             before, line, ids, weights = fork(*fed)
@@ -794,19 +794,18 @@ def decode(lm, prompts, group_size, max_new_tokens, choose):
 
 
 def fork(line, ids, weights):
-    """Rollouts on lines (B,) are fed tokens (B, K). Those on one line that are fed the same stay on one line: a model
-    that is sure of its next tokens takes a whole group through them at the price of one. -> the old line that each new
-    line continues (L,), the new line of each rollout (B,), and what to feed to each new line, (L, K) twice.
+    """Rollouts on lines (B,) are fed tokens (B, K). Those on one line that are fed the same single id stay on one line:
+    a model that is sure of its next tokens takes a whole group through them at the price of one. -> the old line that
+    each new line continues (L,), the new line of each rollout (B,), and what to feed to each new line, (L, K) twice.
 
     Lines 0, 0, 0, fed tokens 5, 8, 5, become two that both continue line 0 and are fed 5 and 8; the rollouts are now
-    on lines 0, 1, 0.
+    on lines 0, 1, 0. Real mixtures are never equal, so each gets a line of its own.
     """
-    if ids.shape[1] == 1:  # written tokens: the same as below, but quicker
-        fed, line = (line << 32 | ids[:, 0]).unique(return_inverse=True)
-        return fed >> 32, line, (fed & 0xFFFFFFFF)[:, None], weights[: len(fed)]
-    fed, line = torch.cat([line[:, None].double(), ids, weights], 1).unique(dim=0, return_inverse=True)  # (L, 1 + 2K)
-    before, ids, weights = fed.split([1, ids.shape[1], weights.shape[1]], 1)
-    return before[:, 0].long(), line, ids.long(), weights.float()
+    row = torch.arange(len(line), device=line.device)
+    fed = torch.where(weights[:, 0] == 1, ids[:, 0], 2**31 + row)  # (B,) equal for equal tokens
+    new = (line << 32 | fed).unique(return_inverse=True)[1]  # (B,) in the order of the old lines
+    one = torch.zeros(int(new.max()) + 1, dtype=torch.long, device=line.device).scatter_(0, new, row)  # (L,) a rollout
+    return line[one], new, ids[one], weights[one]
 
 
 def pack_rollout(prompts, group_size, tokens, length, stopped, pad_id):
@@ -817,14 +816,16 @@ def pack_rollout(prompts, group_size, tokens, length, stopped, pad_id):
     ids = torch.full(shape, pad_id, device=length.device)
     weights = torch.zeros(shape, device=length.device)
     scores = torch.full(shape, -math.inf, device=length.device)
-    scores[..., 0] = 0.0
     for t, (rows, token) in enumerate(tokens):
-        width, still = min(shape[2], token.ids.shape[1]), length[rows] > t
-        rows = rows[still]
-        ids[rows, t, :width] = token.ids[still, :width]
-        weights[rows, t, :width] = token.weights[still, :width]
-        scores[rows, t, :width] = token.scores[still, :width]
-    return Rollout(prompts, group_size, ids, weights, scores, length, stopped)
+        width = min(shape[2], token.ids.shape[1])
+        ids[rows, t, :width] = token.ids[:, :width]
+        weights[rows, t, :width] = token.weights[:, :width]
+        scores[rows, t, :width] = token.scores[:, :width]
+    roll = Rollout(prompts, group_size, ids, weights, scores, length, stopped)
+    behind = ~roll.mask()  # (N, T) steps of rows that had ended and ran on
+    ids[behind], weights[behind], scores[behind] = pad_id, 0.0, -math.inf
+    scores[..., 0].masked_fill_(behind, 0.0)
+    return roll
 
 
 def run_body(lm, checkpointing, **inputs):

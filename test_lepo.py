@@ -289,11 +289,11 @@ def test_fork():
     before, line, ids, weights = common.fork(torch.tensor([0, 0, 0, 1]), torch.tensor([[5], [8], [5], [5]]), one)
     assert before.tolist() == [0, 0, 1] and line.tolist() == [0, 1, 0, 2] and ids.flatten().tolist() == [5, 8, 5]
     assert torch.equal(weights, torch.ones(3, 1))
-    ids = torch.tensor([[151_935, 7], [7, 151_935], [151_935, 7], [151_935, 7]])
-    mixed = torch.tensor([[0.7, 0.3], [0.7, 0.3], [0.7, 0.3], [0.7000001, 0.2999999]])  # the smallest difference counts
-    before, line, new_ids, new_weights = common.fork(torch.zeros(4, dtype=torch.long), ids, mixed)
-    assert before.tolist() == [0, 0, 0] and line[0] == line[2] and line.unique().numel() == 3
-    assert torch.equal(new_ids[line], ids) and torch.equal(new_weights[line], mixed)
+    ids = torch.tensor([[151_935, 7], [7, 151_935], [151_935, 7], [151_935, 7], [151_935, 8]])
+    mixed = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.9999999, 0.0000001], [1.0, 0.0]])
+    before, line, new_ids, new_weights = common.fork(torch.tensor([3, 3, 3, 3, 2]), ids, mixed)
+    assert before.tolist() == [2, 3, 3, 3] and line.tolist() == [2, 1, 2, 3, 0]  # the smallest difference counts
+    assert torch.equal(new_ids[line][:, 0], ids[:, 0]) and torch.equal(new_weights[line], mixed)
 
 
 @pytest.mark.parametrize("latent_steps", [0, 4])
