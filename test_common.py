@@ -177,6 +177,7 @@ SMALL = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_lay
 @pytest.mark.parametrize("kind, fine", [
     (dict(model_type="llama"), True), (dict(model_type="qwen3"), True), (dict(model_type="gpt2", n_embd=32), True),
     (dict(model_type="mistral", sliding_window=4), False),  # attends to the last four only
+    (dict(model_type="qwen2", use_sliding_window=True, sliding_window=64, max_window_layers=0), False),
     (dict(model_type="gemma2", final_logit_softcapping=1.0), False),  # caps its logits and scales its embeddings
     (dict(model_type="granite", logits_scaling=3.0), False), (dict(model_type="phi"), False),  # a head with a bias
     (dict(model_type="mamba"), False),
@@ -245,6 +246,15 @@ def test_checkpoint_restores_weights_optimiser_and_generator(tmp_path):
     assert common.read_checkpoint_state(path) == {"step": 3}
     common.load_checkpoint(path, *second)
     assert torch.equal(walk(*second, 4), expected)
+
+
+def test_a_checkpoint_after_running_out_of_memory_inside_adams_first_step_can_be_used(tmp_path):
+    first, second = trained(0), trained(1)
+    walk(*first, 1)
+    del next(iter(first[1].state.values()))["exp_avg_sq"]  # where it ended
+    common.save_checkpoint(tmp_path / "c", *first, {})
+    common.load_checkpoint(tmp_path / "c", *second)
+    walk(*second, 1)
 
 
 def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch):

@@ -748,6 +748,7 @@ def test_exact_kl_is_torchs():
     a, b = hidden @ lm.head.T / 0.7, other @ start.head.T / 0.7
     expected = kl_divergence(Categorical(logits=a), Categorical(logits=b))
     assert torch.allclose(kl, expected, rtol=1e-4, atol=1e-5)
+    assert torch.autograd.grad(kl.sum(), start.head, allow_unused=True, retain_graph=True) == (None,)
     ours, theirs = (torch.autograd.grad(value.sum(), (hidden, lm.head), retain_graph=True) for value in (kl, expected))
     for x, y in zip(ours, theirs, strict=True):
         assert torch.allclose(x, y, rtol=1e-3, atol=1e-4)
@@ -765,6 +766,16 @@ def test_prompts_that_run_once_for_a_group_get_the_gradient_of_all_its_rows(size
     ours, _ = gradients(lm, roll, advantages, args)
     assert sum(runs) == 2 + (roll.length[advantages != 0] > 1).sum()  # prompts, rows with inputs: none twice
     assert_close_gradients(ours, grpo_gradients(lm, roll, advantages))
+
+
+def test_rows_of_similar_length_go_together():
+    lm, args = random_model(), settings(max_new_tokens=12)
+    roll = roll_out(lm, args, group_size=8)
+    batches = [(rows, hidden.shape[1]) for rows, hidden in common.replays(lm, roll, torch.arange(24), 6)]
+    assert torch.equal(torch.cat([rows for rows, _ in batches]).sort().values, torch.arange(24))
+    steps = [count for _, count in batches]
+    assert steps == sorted(steps) and len(set(steps)) > 1
+    assert steps == [int(roll.length[rows].max()) for rows, _ in batches]
 
 
 def test_kl_term_pulls_towards_the_start_model():
@@ -799,6 +810,7 @@ def test_gradient_checkpointing_changes_nothing():
     args.gradient_checkpointing = True
     assert_close_gradients(gradients(lm, roll, advantages, args)[0], plain)
     assert len(passes) == 4  # prompts and rows, forward, and recomputed in backward: it was on
+    assert all("forward" not in vars(layer) for layer in lm.model.model.layers)  # and off again
     passes.clear()
     roll_out(lm, args)  # and leaves rollouts, with their cache, alone
     assert len(passes) == 6
