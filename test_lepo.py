@@ -976,8 +976,9 @@ def test_two_processes_are_one(tmp_path, capsys):
 
 
 def test_two_processes_stop_save_and_one_goes_on(tmp_path, capsys):
-    lepo.main([*UNEVEN, "--out", str(tmp_path / "whole")])
-    process = torchrun([*UNEVEN, "--out", str(tmp_path / "broken")])
+    flags = [*UNEVEN, "--eval_every", "1", "--eval_problems", "101"]  # steps slow enough for the signal to arrive
+    lepo.main([*flags, "--out", str(tmp_path / "whole")])
+    process = torchrun([*flags, "--out", str(tmp_path / "broken")])
     log = tmp_path / "broken/log.jsonl"
     while process.poll() is None:
         if log.exists() and log.read_text().count("\n") >= 1:
