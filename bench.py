@@ -165,16 +165,20 @@ def make_prompts(args, lm, count):
     return [torch.randint(0, QWEN["vocab_size"], (n,), generator=generator).tolist() for n in lengths]
 
 
+def left_pad(lm, prompts):
+    """-> ids (N, L), mask (N, L), as `generate` wants them"""
+    width, device = max(map(len, prompts)), lm.model.device
+    ids = torch.tensor([[lm.pad_id] * (width - len(p)) + p for p in prompts], device=device)  # (N, L)
+    return ids, torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)  # (N, L)
+
+
 @torch.no_grad()
 def naive_rollout(lm, prompts, lepo_args, generator):
     """The loop one writes first. Same tokens as lepo.rollout's, from the same functions. -> tokens made"""
     device, model = lm.model.device, lm.player()
-    rows = [p for p in prompts for _ in range(8)]
-    width = max(map(len, rows))
-    ids = torch.tensor([[lm.pad_id] * (width - len(p)) + p for p in rows], device=device)  # (N, L)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in rows], device=device)  # (N, L)
+    ids, mask = left_pad(lm, [p for p in prompts for _ in range(8)])  # (N, L)
     embeds, cache = lm.table[ids].to(model.dtype), DynamicCache(config=model.config)
-    stop, alive = torch.tensor(lm.stop_ids, device=device), torch.ones(len(rows), dtype=torch.bool, device=device)
+    stop, alive = torch.tensor(lm.stop_ids, device=device), torch.ones(len(ids), dtype=torch.bool, device=device)
     made = 0
     for t in range(lepo_args.max_new_tokens):
         position = (mask.cumsum(-1) - 1).clamp(min=0)[:, -embeds.shape[1] :]
@@ -189,31 +193,27 @@ def naive_rollout(lm, prompts, lepo_args, generator):
         if not alive.any():
             break
         embeds = (token.weights[..., None] * lm.table[token.ids]).sum(1, keepdim=True).to(model.dtype)  # (N, 1, D)
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
     return made
 
 
 @torch.no_grad()
 def generate(lm, prompts, lepo_args):
     """transformers' own, with the same filters -> tokens made"""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[lm.pad_id] * (width - len(p)) + p for p in prompts], device=lm.model.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=lm.model.device)
+    ids, mask = left_pad(lm, prompts)  # (P, L)
     out = lm.player().generate(
         ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=lepo_args.top_k, top_p=lepo_args.top_p,
         max_new_tokens=lepo_args.max_new_tokens, num_return_sequences=8, pad_token_id=lm.pad_id,
         eos_token_id=lm.stop_ids or None,
-    )[:, width:]  # fmt: skip
+    )[:, ids.shape[1] :]  # (N, T)  # fmt: skip
     stop = torch.isin(out, torch.tensor(lm.stop_ids, device=out.device))
     return int(((stop.cumsum(1) - stop.long()) == 0).sum())
 
 
 def naive_gradient(lm, roll, advantages, lepo_args):
     """The update one writes first, up to its gradients: every row at once, all logits, all log-probabilities."""
-    prompts = [p for p in roll.prompts for _ in range(roll.group_size)]
-    width, steps = max(map(len, prompts)), roll.ids.shape[1]
-    ids = torch.tensor([[lm.pad_id] * (width - len(p)) + p for p in prompts], device=lm.model.device)
-    prompt_mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=lm.model.device)
+    ids, prompt_mask = left_pad(lm, [p for p in roll.prompts for _ in range(roll.group_size)])  # (N, L)
+    steps = roll.ids.shape[1]
     mask = torch.cat([prompt_mask, roll.mask().long()], 1)[:, :-1]
     latents = (roll.weights[..., None] * lm.table[roll.ids]).sum(2)[:, :-1]  # (N, T-1, D)
     with common.autocast(lm.model.device):

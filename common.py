@@ -799,7 +799,8 @@ def fork(line, ids, weights):
     each new line continues (L,), the new line of each rollout (B,), and what to feed to each new line, (L, K) twice.
 
     Lines 0, 0, 0, fed tokens 5, 8, 5, become two that both continue line 0 and are fed 5 and 8; the rollouts are now
-    on lines 0, 1, 0. Real mixtures are never equal, so each gets a line of its own.
+    on lines 0, 1, 0. Real mixtures are never equal, so each gets a line of its own; a single id is one whose weight is
+    1 in float32, where what else it may hold is less than rounding.
     """
     row = torch.arange(len(line), device=line.device)
     fed = torch.where(weights[:, 0] == 1, ids[:, 0], 2**31 + row)  # (B,) equal for equal tokens

@@ -61,7 +61,7 @@ def random_model(vocabulary=12, seed=0, scale=6.0):
     return common.LanguageModel(model, tokenizer, [STOP], PAD)
 
 
-PROMPTS = [[5, 6, 7], [8], [3, 4, 5, 6, 9, 10]]  # of different lengths: left padding
+PROMPTS = [[5, 6, 7], [8], [3, 4, 5, 6, 9, 10]]  # of different lengths
 
 
 def roll_out(lm, args, group_size=4, seed=0, prompts=PROMPTS, noisy=True):
