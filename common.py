@@ -148,9 +148,9 @@ def all_reduce(tensor, op="SUM"):
 
 
 def reduce_gradients(model):
-    """Sum every weight's gradient over all processes, one that has none counting as 0."""
+    """Sum every trained weight's gradient over all processes, one that has none counting as 0."""
     if dist.is_initialized():
-        for weight in model.parameters():
+        for weight in filter(lambda weight: weight.requires_grad, model.parameters()):
             weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
             all_reduce(weight.grad)
 
@@ -191,6 +191,7 @@ class Problem:
     question: str
     answer: str
     form: str = "boxed"  # "boxed": \boxed{answer} is asked for; "think": the built-in task, a number after </think>
+    solution: str = ""  # how somebody solved it, where the data has that: to learn from, never to judge by
 
 
 class Problems:
@@ -223,7 +224,7 @@ def parse_row(row, where):
     final = answer.rsplit("####", 1)[-1].strip()
     if not question.strip() or not final or "\n" in final:
         raise UserError(f"{where}: needs a question and an answer that ends in `#### n` or is one line")
-    return Problem(question.strip(), final)
+    return Problem(question.strip(), final, solution=answer)
 
 
 def read_jsonl(path):
@@ -277,7 +278,8 @@ def load_problems(name, split, seed, ops=(2, 5), kind="mixed"):
     if name == "tiny":
         def make(i):  # fmt: skip
             chain = tiny.make_problem(i, split, seed, ops, kind)
-            return Problem(tiny.problem_text(*chain), str(tiny.true_answer(*chain)), form="think")
+            solution = tiny.demonstration(random.Random(f"student {split} {seed} {i}"), *chain)
+            return Problem(tiny.problem_text(*chain), str(tiny.true_answer(*chain)), "think", solution)
 
         return Problems(make, seed)
     if name == "gsm8k":
@@ -299,8 +301,9 @@ def load_problems(name, split, seed, ops=(2, 5), kind="mixed"):
     return Problems(rows, seed, len(rows))
 
 
-def encode_prompt(tokenizer, problem):
-    """Token ids of the prompt: the chat template where the tokenizer has one, else plain text. -> list of int"""
+def encode_prompt(tokenizer, problem, ending=""):
+    """Token ids of the prompt: the chat template where the tokenizer has one, else plain text; and then `ending`, if
+    it does not end so already. -> list of int"""
     if problem.form == "think":
         text = problem.question  # already ends in <think>
     elif tokenizer.chat_template:
@@ -308,20 +311,21 @@ def encode_prompt(tokenizer, problem):
         text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     else:
         text = f"{problem.question}\n{BOXED}\n"
+    text += "" if text.rstrip().endswith(ending) else ending
     ids = tokenizer.encode(text, add_special_tokens=not tokenizer.chat_template)
     if len(tokenizer.decode(ids)) < len(text) / 2:  # letters without a token are dropped
         raise UserError("this model's tokenizer cannot spell these problems (the tiny model knows only --data tiny)")
     return ids
 
 
-def take(stream, position, count, tokenizer, max_tokens):
+def take(stream, position, count, tokenizer, max_tokens, ending=""):
     """The next `count` problems whose prompts fit -> (problems, their prompts as token ids, new position).
 
     Fewer than `count` when a finite set has been gone through once: nothing is returned twice.
     """
     problems, prompts, end = [], [], position + (stream.size or 1000 * count)
     while len(problems) < count and position < end:
-        ids = encode_prompt(tokenizer, stream[position])
+        ids = encode_prompt(tokenizer, stream[position], ending)
         if len(ids) <= max_tokens:
             problems.append(stream[position])
             prompts.append(ids)
@@ -437,9 +441,9 @@ def is_tiny(name):
 
 
 def resolve_model(name):
-    """`tiny`, a local folder, a hub id, or a bare name such as Qwen2.5-0.5B (-> Qwen/Qwen2.5-0.5B)."""
-    if name == "tiny":
-        return str(HERE / "tiny")
+    """`tiny`, `tiny_latent`, a local folder, a hub id, or a bare name such as Qwen2.5-0.5B (-> Qwen/Qwen2.5-0.5B)."""
+    if name in ("tiny", "tiny_latent"):
+        return str(HERE / name)
     if Path(name).is_dir():
         return name
     if name.startswith((".", "/", "~")):
