@@ -587,13 +587,12 @@ def worked(problem):
     return " ".join(re.findall(r"<<[^<>]+>>", problem.solution)), f"\\boxed{{{problem.answer}}}"
 
 
-def chunks(ids, size):
-    """Cut a thought into the pieces that a latent each stands for, the first one half as long as the others.
+def chunks(ids, size, first):
+    """Cut a thought into the pieces that a latent each stands for, the first of them of another size.
 
-    A step `17 + 5 = 12 ;` has six tokens: sizes of 6 give `17 + 5`, then `= 12 ; 12 - 8`. A latent then holds a
+    A step `17 + 5 = 12 ;` has six tokens: size 6, first 3 gives `17 + 5`, then `= 12 ; 12 - 8`. A latent then holds a
     result and what is done with it next, and the operands of a result stand in the latent before it.
     """
-    first = max(1, size // 2)
     return [ids[:first], *(ids[i : i + size] for i in range(first, len(ids), size))]
 
 
@@ -659,10 +658,13 @@ def teacher_rollout(lm, prompts, labels, tails, args):
 
 
 def chunk_labels(thoughts, size, args):
-    """The cheap label: a latent is the superposition of its chunk's tokens. -> [(ids (n, K), weights (n, K))]"""
-    labels = []
+    """The cheap label: a latent is the superposition of its chunk's tokens. -> [(ids (n, K), weights (n, K))]
+
+    Half a chunk of the last size comes first, also in the sizes before it: each is then made of whole smaller ones.
+    """
+    labels, first = [], max(1, args.chunk[-1] // 2)
     for thought in thoughts:
-        parts = [superposition(chunk, args.top_k) for chunk in chunks(thought, size)]
+        parts = [superposition(chunk, args.top_k) for chunk in chunks(thought, size, first)]
         ids, weights = torch.zeros(len(parts), args.top_k, dtype=torch.long), torch.zeros(len(parts), args.top_k)
         for i, pairs in enumerate(parts):
             ids[i, : len(pairs)], weights[i, : len(pairs)] = map(torch.tensor, zip(*pairs, strict=True))
