@@ -85,7 +85,7 @@ def build_parser():
     flag("sft_batch", 64, "worked solutions per update")
     flag("sft_lr", 1e-4, "peak learning rate of stage 1; linear decay")
     flag("sft_warmup", 50, "steps of linear warm-up in stage 1")
-    flag("sft_noise", 1.0, "scale of the Gumbel noise on teacher mixtures, reached over the last half of stage 1")
+    flag("sft_noise", 1.0, "scale of the Gumbel noise on teacher mixtures at the end of stage 1; it grows from 0")
 
     group = parser.add_argument_group("latent tokens")
     flag("top_k", 10, "K, candidates of a mixture")
@@ -479,7 +479,7 @@ def update(lm, start, optimizer, roll, advantages, old_log_probs, lr, args):
             loss = ((args.kl_coef * kl - gain) * valid).sum(1) @ share[micro]
             loss.backward()
             written = valid & ~latent[micro, :count]  # (B, T)
-            numbers = [clipped & valid, valid, kl * valid, -log_probs * written, written, margins, margins < 0,
+            numbers = [clipped & valid, valid, kl * valid, -log_probs * written, written, margins, margins < -1e-3,
                        torch.ones_like(margins)]  # fmt: skip
             sums += torch.stack([number.detach().sum().float() for number in numbers])
         grad_norm = apply_gradient(lm.model, optimizer, lr, args)
@@ -832,7 +832,7 @@ def sft_step(lm, auto, optimizer, stream, state, args, generator):
     roll = teacher_rollout(lm, prompts, labels, tails, args)
     latents = torch.tensor([len(ids) for ids, _ in labels], device=args.device)[:, None]  # (N, 1)
     latent = torch.arange(roll.ids.shape[1], device=args.device) < latents  # (N, T)
-    scale = args.sft_noise * min(1.0, max(0.0, 2 * done / args.sft_steps - 1))
+    scale = args.sft_noise * done / args.sft_steps
     if scale:
         roll.weights[latent] = label_noise(roll.ids[latent], roll.weights[latent], scale, generator, args)
     factor = torch.where(latent, 1 / (latents * count), 1 / tokens)  # (N, T)
