@@ -26,9 +26,9 @@ from common import SoftToken, UserError
 # 1.-2. Arguments.
 
 TINY = dict(
-    data="tiny", exit_text=" </think>", chunk=[3, 6], label_steps=0, sft_steps=1600, sft_batch=128, sft_lr=1e-3,
-    steps=200, prompts_per_step=32, max_new_tokens=16, lr=1e-4, warmup=5, micro_batch=64, sft_warmup=30,
-    eval_problems=512, eval_every=20, show_every=50, save_every=50, ablate=16,
+    data="tiny", exit_text=" </think>", chunk=[6], label_steps=1500, sft_steps=1800, sft_batch=128, sft_lr=2e-3,
+    sft_warmup=30, steps=300, prompts_per_step=32, max_new_tokens=16, lr=4e-4, micro_batch=64, eval_problems=512,
+    show_every=50, save_every=50, ablate=16,
 )  # fmt: skip
 
 # What the two released scripts set (GSM8K with Llama-3.2-1B; mathematics with Qwen2.5-Math-7B). A model that is shipped
