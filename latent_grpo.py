@@ -588,12 +588,18 @@ def worked(problem):
 
 
 def chunks(ids, size, first):
-    """Cut a thought into the pieces that a latent each stands for, the first of them of another size.
+    """Cut a thought into the pieces that a latent each stands for, the first of which may have another size.
 
     A step `17 + 5 = 12 ;` has six tokens: size 6, first 3 gives `17 + 5`, then `= 12 ; 12 - 8`. A latent then holds a
     result and what is done with it next, and the operands of a result stand in the latent before it.
     """
     return [ids[:first], *(ids[i : i + size] for i in range(first, len(ids), size))]
+
+
+def first_chunk(size, args):
+    """Cheap labels begin with half a chunk of the last size, also in the sizes before it: each then consists of whole
+    smaller ones. The encoder's chunks are all alike."""
+    return size if args.labels == "encoder" else max(1, args.chunk[-1] // 2)
 
 
 def superposition(chunk, k):
@@ -627,20 +633,17 @@ def take_worked(lm, stream, position, args):
     return *map(list, zip(*rows, strict=True)), position
 
 
-def label_noise(ids, weights, scale, generator, args):
-    """Teacher mixtures (M, K) with two-sided Gumbel noise inside their own candidates -> weights (M, K).
+def label_noise(ids, weights, gumbel, scale, args):
+    """Equation (8): teacher mixtures (M, K) with noise inside their own candidates -> weights (M, K). gumbel (R, M, K).
 
-    Redrawn where the exit token would come out heaviest, which would teach to leave in the middle of a thought.
+    Where the exit token would come out heaviest, which would teach to leave in the middle of a thought, the next of
+    the R draws is taken, and after the last the mixture as it was.
     """
-    noisy = weights.clone()
-    todo = torch.ones(len(ids), dtype=torch.bool, device=ids.device)  # (M,)
-    for _ in range(100):
-        gumbel = gumbel_noise(weights.shape, generator, weights.device)  # (M, K)
-        fresh = ((weights.log() + (scale * gumbel).clamp(*CLIP)) / args.tau).softmax(-1)  # (M, K)
-        noisy = torch.where(todo[:, None], fresh, noisy)
-        todo = ids.gather(-1, noisy.argmax(-1, keepdim=True)).squeeze(-1) == args.exit_id
-        if not todo.any():
-            break
+    noisy = weights
+    for draw in gumbel.flip(0):  # the first draw has the last word
+        fresh = ((weights.log() + (scale * draw).clamp(*CLIP)) / args.tau).softmax(-1)  # (M, K)
+        exits = ids.gather(-1, fresh.argmax(-1, keepdim=True)) == args.exit_id  # (M, 1)
+        noisy = torch.where(exits, noisy, fresh)
     return noisy
 
 
@@ -658,13 +661,10 @@ def teacher_rollout(lm, prompts, labels, tails, args):
 
 
 def chunk_labels(thoughts, size, args):
-    """The cheap label: a latent is the superposition of its chunk's tokens. -> [(ids (n, K), weights (n, K))]
-
-    Half a chunk of the last size comes first, also in the sizes before it: each is then made of whole smaller ones.
-    """
-    labels, first = [], max(1, args.chunk[-1] // 2)
+    """The cheap label: a latent is the superposition of its chunk's tokens. -> [(ids (n, K), weights (n, K))]"""
+    labels = []
     for thought in thoughts:
-        parts = [superposition(chunk, args.top_k) for chunk in chunks(thought, size, first)]
+        parts = [superposition(chunk, args.top_k) for chunk in chunks(thought, size, first_chunk(size, args))]
         ids, weights = torch.zeros(len(parts), args.top_k, dtype=torch.long), torch.zeros(len(parts), args.top_k)
         for i, pairs in enumerate(parts):
             ids[i, : len(pairs)], weights[i, : len(pairs)] = map(torch.tensor, zip(*pairs, strict=True))
@@ -738,7 +738,7 @@ def encode_thoughts(lm, auto, prompts, thoughts, size, args):
     """
     rows, counts = [], []
     for prompt, thought in zip(prompts, thoughts, strict=True):
-        parts = [[*thought[i : i + size], -1] for i in range(0, len(thought), size)]
+        parts = [[*chunk, -1] for chunk in chunks(thought, size, size)]
         rows.append(prompt + sum(parts, []))
         counts.append(len(parts))
     ids = pad(rows, 0, args.device)  # (B, L)
@@ -761,7 +761,7 @@ def reconstruction(lm, auto, prompts, thoughts, tails, size, args):
     rows = []
     for prompt, thought, tail in zip(prompts, thoughts, tails, strict=True):
         p, row = len(prompt), [(token, PROMPT, 0, i) for i, token in enumerate(prompt)]  # (id, kind, chunk, position)
-        following = [thought[i : i + size] for i in range(size, len(thought), size)] + [[]]
+        following = [*chunks(thought, size, size)[1:], []]
         for i, text in enumerate(following):  # the first chunk's text is only ever seen by the encoder
             row.append((0, LATENT, i, p + i))  # positions as if no text stood between the latents
             row += [(token, TEXT, i, p + i + 1 + j) for j, token in enumerate(text)]
@@ -817,10 +817,17 @@ def sft_step(lm, auto, optimizer, stream, state, args, generator):
     """
     done = state["step"] + args.sft_steps
     problems, prompts, thoughts, tails, position = take_worked(lm, stream, state["position"], args)
-    count, tokens = len(problems), sum(map(len, tails))
-    own = common.share(count)
+    count, tokens, own = len(problems), sum(map(len, tails)), common.share(len(problems))
+    size = args.chunk[len(args.chunk) * done // args.sft_steps]
+    scale = args.sft_noise * done / args.sft_steps
+    gumbel = None
+    if scale:
+        # For all processes, of which each uses its part. Only an encoder's labels may hold the exit token.
+        lengths = [len(chunks(thought, size, first_chunk(size, args))) for thought in thoughts]
+        mine = slice(sum(lengths[: own.start]), sum(lengths[: own.stop]))
+        draws = 8 if args.labels == "encoder" else 1
+        gumbel = gumbel_noise((draws, sum(lengths), args.top_k), generator, args.device)[:, mine]  # (R, M, K)
     problems, prompts, thoughts, tails = (x[own] for x in (problems, prompts, thoughts, tails))
-    size = args.chunk[min(len(args.chunk) * done // args.sft_steps, len(args.chunk) - 1)]
     if args.labels == "chunk":
         labels = chunk_labels(thoughts, size, args)
     else:
@@ -832,9 +839,8 @@ def sft_step(lm, auto, optimizer, stream, state, args, generator):
     roll = teacher_rollout(lm, prompts, labels, tails, args)
     latents = torch.tensor([len(ids) for ids, _ in labels], device=args.device)[:, None]  # (N, 1)
     latent = torch.arange(roll.ids.shape[1], device=args.device) < latents  # (N, T)
-    scale = args.sft_noise * done / args.sft_steps
     if scale:
-        roll.weights[latent] = label_noise(roll.ids[latent], roll.weights[latent], scale, generator, args)
+        roll.weights[latent] = label_noise(roll.ids[latent], roll.weights[latent], gumbel, scale, args)
     factor = torch.where(latent, 1 / (latents * count), 1 / tokens)  # (N, T)
 
     optimizer.zero_grad()
