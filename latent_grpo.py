@@ -27,7 +27,7 @@ from common import SoftToken, UserError
 
 TINY = dict(
     data="tiny", exit_text=" </think>", chunk=[6], label_steps=1500, sft_steps=1800, sft_batch=128, sft_lr=2e-3,
-    sft_warmup=30, steps=300, prompts_per_step=32, max_new_tokens=16, lr=4e-4, micro_batch=64, eval_problems=512,
+    sft_warmup=30, steps=300, prompts_per_step=32, max_new_tokens=16, lr=3e-4, micro_batch=64, eval_problems=512,
     show_every=50, save_every=50, ablate=16,
 )  # fmt: skip
 
@@ -108,7 +108,7 @@ def build_parser():
          choices=["mean", "weighted"])  # fmt: skip
     flag("flip", "off", "gradient of (5) at A <= 0 and negative margin", choices=["code", "intended", "off"])
     flag("first_token", "off", "which rollouts keep their advantage at step 1", choices=["paper", "code", "off"])
-    flag("overlong", "exclude", "rollouts that reach the cap", choices=["exclude", "include", "off"])
+    flag("overlong", "off", "rollouts that reach the cap", choices=["exclude", "include", "off"])
     flag("clip", 0.2, "eps in (6)")
     flag("dual_clip", 3.0, "c in (6)")
     flag("kl_coef", 0.0, "beta in (6); above 0 keeps a second model in memory")
