@@ -842,7 +842,7 @@ def run_body(lm, checkpointing, **inputs):
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     try:
         with autocast(lm.model.device):
-            return lm.model.base_model(use_cache=True, **inputs).last_hidden_state
+            return lm.model.base_model(use_cache="past_key_values" in inputs, **inputs).last_hidden_state
     finally:
         for layer in layers:
             del layer.forward  # the class's own is in force again

@@ -1,10 +1,71 @@
 r"""Latent-GRPO (arXiv 2604.27998), end to end in one file: latent SFT initialisation, then RL.
 
-    python latent_grpo.py                                    # the tiny latent model on a laptop CPU: stage 2
-    python latent_grpo.py --model tiny                       # both stages, from the model that thinks in words
+    python latent_grpo.py                                    # RL of the tiny latent model, on a laptop CPU
+    python latent_grpo.py --model tiny                       # both stages, from the tiny model that thinks in words
     python latent_grpo.py --model Qwen2.5-0.5B --data gsm8k  # both stages, one GPU
     torchrun --nproc_per_node=8 latent_grpo.py --model Qwen2.5-0.5B --data gsm8k     # eight
-    python latent_grpo.py --preset gsm8k                     # the official code's settings; or `math`
+    python latent_grpo.py --model Qwen2.5-0.5B --data gsm8k --preset gsm8k    # the official settings of stage 2
+
+lepo.py takes a model as it is and mixes the tokens that it would write anyhow. Latent-GRPO first teaches the model to
+think in mixtures that stand for several words each (stage 1, "latent SFT"), so that a thought is a few steps long, and
+to leave its thought by itself. Then RL improves the thoughts (stage 2), with three fixes for what goes wrong there.
+
+Stage 2. Step t has seen the prompt and the embeddings e_<t; l = log softmax(logits), over the whole vocabulary.
+
+  (1)  scores:     s_k = l_k + xi_k,  xi = scale * (clip(g_k, -1.5, 3) + 1.5 + delta),  g_k ~ Gumbel(0, 1) iid
+  (2)  latent:     the K largest s_k within the nucleus of l;  w = softmax(s / tau) over these;  e_t = sum_k w_k E[k]
+       The thought ends at the first step whose heaviest candidate is the exit token, `</think>`: that step and all
+       later ones are written words, one id with weight 1, drawn from softmax(logits / T).
+  (3)  reward:     r_i = 1 if the verifier accepts what was written, else 0
+  (4)  advantage:  A_i = (r_i - mean r) / (std r + 1e-6) over the rollouts of the group that ended before the cap; 0 for
+       the overlong others. Fix 1, invalid-sample masking. And fix 3, first-token selection: of the right rollouts
+       only the likeliest one keeps A_i at the first step (`stepwise_advantages`).
+  (5)  log-probability of a step: of a written word as usual; of a latent the surrogate
+       L = sum_k c_k f(d_k),  margin d_k = s_k - l_k(theta),  f(d) = -d - exp(-d),  c_k = 1/K
+       f is the log-density of Gumbel(0, 1). Its slope in l_k is 1 - exp(-d). Fix 2, one-sided noise: the "+ 1.5" of (1)
+       shifts all scores alike, so it changes no mixture and no rollout, only what is stored; but it keeps d >= 0, and a
+       rollout with A > 0 then raises all of its candidates and one with A < 0 lowers them. Without it a third of the
+       candidates are pushed the wrong way round.
+  (6)  objective:  rho_t = exp(L_t(theta) - L_t(theta_old)), per step and for both kinds of step,
+       J = mean over steps of min(rho A, clip(rho, 1-eps, 1+eps) A), not under c A where A < 0, minus beta k3,
+       k3 = exp(r) - r - 1,  r = L_t(start) - L_t(theta)
+       Embeddings and head are frozen, and mixtures are constants: nothing flows back through a thought's inputs.
+
+Stage 1. Every worked solution becomes a thought of n latents, each with K candidates and weights w, and an answer.
+
+  (7)  labels:     `chunk`, cheap: a latent is the superposition of its chunk's tokens, weighted by their frequency.
+                   `encoder`, the paper's: an encoder writes the latents so that a decoder which sees only them can
+                   tell the next chunk and the answer (`Autoencoder`, `induction_mask`, `supervision_mask`).
+  (8)  noise:      w' = softmax((log w + clip(scale * g, -1.5, 3)) / tau), two-sided, as input and as target
+  (9)  loss:       cross-entropy of `</think>`, answer and end  +  mean over latents of KL(w' || softmax(logits))
+
+Where paper, official code (github.com/DJC-GO-SOLO/Latent-GRPO, a fork of verl and SGLang; stage 1 in Latent-SFT) and
+this file differ. `--preset gsm8k` and `--preset math` set what the code's two scripts set; the defaults are what works
+best on the built-in task, measured in README:
+  - c_k in (5). Published: 1/K. One-sided, each candidate then gets nearly the same push, .8 to 1 of it, whatever its
+    weight: A > 0 flattens the policy, A < 0 drives mass off the candidates, and only little is left that tells a good
+    mixture from a bad one. Default: c_k = w_k, the executed weights. The push of a draw is then nearly w - pi, LEPO's
+    soft label, and almost none of it is common to all draws. test_latent_grpo.py measures both.
+  - Noise: scale 1 there; .5 here. delta is above 0 in the paper and 0 in the code and here.
+  - Masking (4): the paper's is `--overlong exclude`; the GSM8K script computes mean and std with the overlong rollouts
+    and zeroes their advantages afterwards (`include`). Default: `off`. A masked rollout is not punished for never
+    ending, so once thoughts begin not to end, nothing pushes back.
+  - First-token selection (4): in the paper the other right rollouts lose their first step, in the code the wrong ones
+    too. Default: off.
+  - The flip: where A <= 0 and d < 0, which takes several updates per batch, the code means to turn the slope of (5)
+    round and does not (`latent_log_prob`). All three are here; default off.
+  - Exit token: 524 in the code's sampler, which is Llama's `</`, so that its rule "no noise where the exit is the
+    likeliest" never acts for Qwen, whose `</` is 522. Here it is the first token of `--exit_text`.
+  - Written words: in the code the noisy top-1 of (1) in training, scored at temperature .6. Here drawn at the
+    temperature at which they are scored; `--answers noisy` is the code's.
+  - What the verifier reads: there all steps, of latents the heaviest candidates, so that an answer which is only
+    thought counts. Here what is written after the exit.
+  - Mean in (6): there over a micro-batch of one or two rollouts and then over those; here over all steps of the batch.
+    `--loss_mean rollouts` is the micro-batch of one.
+  - Updates: `--minibatches` 4 in the GSM8K script. Old log-probabilities are the training model's in both.
+  - Stage 1 there trains LoRA adapters, on labels stored once. Here all weights but the embeddings, on labels made as
+    they are needed, with the teacher's noise growing from 0. The encoder reads latents off its output head; the code
+    multiplies with the input table, which is the same where the two are tied and means nothing where they are not.
 """
 
 import copy
@@ -31,19 +92,19 @@ TINY = dict(
     show_every=50, save_every=50, ablate=16,
 )  # fmt: skip
 
-# What the two released scripts set (GSM8K with Llama-3.2-1B; mathematics with Qwen2.5-Math-7B). A model that is shipped
-# or already latent gets `--sft_steps 0`; flags beside --preset replace its values.
+# What the two released scripts set for stage 2 (GSM8K with Llama-3.2-1B; mathematics with Qwen2.5-Math-7B). Not in it:
+# stage 1, the number of steps (10 and 5 epochs) and the layout of prompts. Flags beside --preset replace its values.
 OFFICIAL = dict(
     noise="one_sided", noise_scale=1.0, delta=0.0, tau=1.0, top_k=10, top_p=0.95, exit_guard="on", surrogate="mean",
     flip="code", first_token="code", answers="noisy", temperature=0.6, verifier_reads="all", loss_mean="rollouts",
     clip=0.2, dual_clip=3.0, group_size=8, max_draws=50, lr=1e-6, schedule="constant", warmup=0, weight_decay=0.01,
-    grad_clip=1.0,
+    grad_clip=1.0, collapse=0.0, eval_every=10, save_every=40,
 )  # fmt: skip
 PRESETS = {
     "gsm8k": OFFICIAL | dict(overlong="include", prompts_per_step=64, minibatches=4, max_prompt_tokens=192,
                              max_new_tokens=128, kl_coef=0.0),
     "math": OFFICIAL | dict(overlong="exclude", prompts_per_step=32, minibatches=1, max_prompt_tokens=1024,
-                            max_new_tokens=4096, kl_coef=0.001),
+                            max_new_tokens=4096, kl_coef=0.001, exit_guard="off"),  # the guard looks for Llama's token
 }  # fmt: skip
 
 
@@ -74,7 +135,7 @@ def build_parser():
     flag("ops", "2-5", "built-in task: operations per chain, low-high", type=operations)
     flag("kind", "mixed", "built-in task: signs in a chain", choices=["mixed", "plus", "minus", "single"])
     flag("max_prompt_tokens", 512, "problems with longer prompts are passed over")
-    group.add_argument("--preset", choices=list(PRESETS), help="the official code's settings for this data")
+    group.add_argument("--preset", choices=list(PRESETS), help="the official settings of stage 2, sizes included")
 
     group = parser.add_argument_group("stage 1, latent SFT")
     flag("sft_steps", 2000, "updates in which the model learns to think in latents; 0: it can do so already")
@@ -93,7 +154,7 @@ def build_parser():
     flag("tau", 1.0, "Gumbel-Softmax temperature in (2)")
     flag("noise", "one_sided", "xi in (1)", choices=["one_sided", "two_sided", "none"])
     flag("noise_scale", 0.5, "s in (1); 1 in the official code")
-    flag("delta", 0.0, "shift of one-sided noise beyond 0; above 0 in the paper, 0 in its code")
+    flag("delta", 0.0, "further shift of one-sided noise; above 0 in the paper, 0 in its code")
     flag("think_text", "<think>", "the prompt ends with it, by itself or by this")
     flag("exit_text", "</think>", "its first token, as the heaviest of a mixture, ends the thought")
     flag("exit_guard", "on", "no noise where the exit is the likeliest token: on, off", choices=["on", "off"])
@@ -146,13 +207,21 @@ def build_parser():
     return parser
 
 
+def is_latent_model(name):
+    """A model that this script has saved, which says so in its config: stage 1 is behind it."""
+    try:
+        return "thinks_in_latents" in json.loads((common.Path(common.resolve_model(name)) / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+
+
 def parse_args(argv=None):
     """-> (args, state of the checkpoint to resume or None). Raises UserError on values that cannot work."""
     parser = build_parser()
     first, _ = parser.parse_known_args(argv)
     state = common.read_checkpoint_state(f"{first.resume}/checkpoint.safetensors") if first.resume else None
     defaults = TINY if common.is_tiny(first.model) else {}
-    defaults = defaults | ({"sft_steps": 0} if first.model == "tiny_latent" else {}) | PRESETS.get(first.preset, {})
+    defaults = defaults | ({"sft_steps": 0} if is_latent_model(first.model) else {}) | PRESETS.get(first.preset, {})
     parser.set_defaults(**(state["args"] if state else defaults))
     args = parser.parse_args(argv)
     done, begun = (state["step"], state["args"]) if state else (-math.inf, vars(args))
@@ -164,9 +233,11 @@ def parse_args(argv=None):
                     "save_every"]  # fmt: skip
     fixed = ["model", "labels", "label_steps", "sft_steps"]
     checks = [
+        ("sft_steps" in begun, f"{args.resume} holds a run of another script"),
+        (not (state and first.preset), "--preset sets the flags of a new run: leave it away beside --resume"),
         *((getattr(args, name) >= 1, f"--{name} must be at least 1") for name in at_least_1),
         *((getattr(args, name) >= 0, f"--{name} cannot be negative") for name in not_negative),
-        *((getattr(args, name) == begun[name], f"--{name} cannot change in a run") for name in fixed),
+        *((getattr(args, name) == begun.get(name), f"--{name} cannot change in a run") for name in fixed),
         (args.steps >= done, f"this run has done {done} steps: --steps must be at least that"),
         (not (state and args.out), "--resume goes on in its own folder: leave --out away"),
         (args.device == begun["device"], "--device cannot change in a run: each has a random generator of its own"),
@@ -175,9 +246,12 @@ def parse_args(argv=None):
         (args.group_size >= 2, "--group_size must be at least 2: an advantage compares rollouts"),
         (args.top_k >= 2, "--top_k must be at least 2: a latent of one candidate is a word"),
         (args.max_new_tokens >= 2, "--max_new_tokens must leave room for a thought and an answer"),
-        (min(args.chunk) >= 1 and (args.labels == "encoder" or max(args.chunk) <= args.top_k),
-         "--chunk must be between 1 and --top_k: a mixture has room for so many tokens"),
+        (min(args.chunk) >= 1, "--chunk must be at least 1"),
+        (not args.sft_steps or args.labels == "encoder" or max(args.chunk) <= args.top_k,
+         "--chunk must be at most --top_k: a mixture has room for so many tokens"),
         (args.labels == "chunk" or len(args.chunk) == 1, "--labels encoder takes one --chunk size"),
+        (args.labels == "chunk" or args.label_steps >= 1, "--labels encoder needs --label_steps"),
+        (args.noise != "none" or args.answers != "noisy", "without noise --answers noisy makes all rollouts alike"),
         (args.tau > 0 and args.temperature > 0, "--tau and --temperature must be above 0"),
         (0 < args.top_p <= 1, "--top_p must be in (0, 1]"),
         (args.dual_clip > 1, "--dual_clip must be above 1"),
@@ -220,10 +294,10 @@ def latent_token(log_p, gumbel, args):
 
     `gumbel` None, or --noise none: the noise-free mixture of the K most likely tokens, by their probabilities.
     """
-    ordered, ids = log_p.sort(dim=-1, descending=True)  # (B, V)
     if gumbel is None or args.noise == "none":
-        scores = ordered[:, : args.top_k]  # (B, K)
-        return SoftToken(ids[:, : args.top_k], scores.softmax(-1), scores)
+        scores, ids = log_p.topk(args.top_k)  # (B, K)
+        return SoftToken(ids, scores.softmax(-1), scores)
+    ordered, ids = log_p.sort(dim=-1, descending=True)  # (B, V)
     probs = ordered.exp()  # (B, V)
     outside = probs.cumsum(-1) - probs >= args.top_p  # the mass before a token already reaches top_p
     outside[:, : args.top_k] = False
@@ -279,7 +353,8 @@ def rollout(lm, prompts, group_size, args, generator, noisy=True):
 
 
 def is_latent(roll):
-    """-> (N, T) bool: executed mixtures. They come first in a row; the exit token is not among them."""
+    """-> (N, T) bool: executed mixtures. They come first in a row; the exit token is not among them. (K >= 2 likeliest
+    tokens are always candidates: a step with a single one is a written one.)"""
     return ((roll.scores > -math.inf).sum(-1) > 1) & roll.mask()
 
 
@@ -355,7 +430,7 @@ def stepwise_advantages(advantages, overlong, mean_log_probs, count, args):
         winner = mean_log_probs.masked_fill(~right, -math.inf).argmax(1, keepdim=True)  # (P, 1)
         others = torch.arange(advantages.shape[1], device=advantages.device) != winner  # (P, G)
         silenced = others & right if args.first_token == "paper" else others & right.any(1, keepdim=True)
-        steps[..., 0] = steps[..., 0].masked_fill(silenced, 0.0)
+        steps[..., :1] = steps[..., :1].masked_fill(silenced[..., None], 0.0)
     if args.overlong == "include":  # last, as in the official code: an overlong winner leaves step 1 to nobody
         steps = steps.masked_fill(overlong[..., None], 0.0)
     return steps.flatten(0, 1)
@@ -404,7 +479,7 @@ def trajectory_log_probs(lm, roll, rows, hidden, advantages, args):
 # 7. Update, equation (6).
 
 
-def surrogate(log_probs, old_log_probs, advantages, clip, dual_clip):
+def clipped_gain(log_probs, old_log_probs, advantages, clip, dual_clip):
     """The summand of (6) and where clipping acts: log_probs, old_log_probs, advantages (B, T) -> (B, T) twice
 
     With eps .2 and c 3, ratio 1.5 and A = 1 give 1.2 without a gradient: encouraged enough. Ratio 1.5 and A = -1 give
@@ -420,7 +495,7 @@ def surrogate(log_probs, old_log_probs, advantages, clip, dual_clip):
 
 
 @torch.no_grad()
-def score_rollouts(lm, roll, advantages, args):
+def current_log_probs(lm, roll, advantages, args):
     """Log-probabilities (N, T) under the policy as it is now."""
     log_probs = torch.zeros(roll.ids.shape[:2], device=roll.ids.device)
     for rows, hidden in common.replays(lm, roll, torch.arange(len(roll.ids)), args.micro_batch):
@@ -428,9 +503,12 @@ def score_rollouts(lm, roll, advantages, args):
     return log_probs
 
 
-def apply_gradient(model, optimizer, lr, args):
-    """-> gradient norm; UserError, before anything changes, when it is not finite."""
+def apply_gradient(model, optimizer, lr, args, resting=()):
+    """An optimiser step; weights in `resting` take no part in it. -> gradient norm; UserError, before anything changes,
+    when it is not finite."""
     common.reduce_gradients(model)
+    for weight in resting:
+        weight.grad = None
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip).item()
     if not math.isfinite(norm):
         raise UserError("the gradient is not finite and was not applied; the run is saved: --resume it, "
@@ -441,25 +519,27 @@ def apply_gradient(model, optimizer, lr, args):
     return norm
 
 
-def update(lm, start, optimizer, roll, advantages, old_log_probs, lr, args):
-    """An optimiser step on each of `minibatches` parts of a batch; advantages (N, T); old_log_probs (N, T), or None for
-    those of the policy as it is when a part is reached; `start` is the KL's reference. -> metrics
+def update(lm, start, optimizer, roll, places, advantages, old_log_probs, lr, args):
+    """An optimiser step on each of `minibatches` parts of a batch; places (P,) are the numbers of roll's groups in it,
+    among those of all processes; advantages (N, T); old_log_probs (N, T), or None for those of the policy as it is when
+    a part is reached; `start` is the KL's reference. -> metrics
 
     Rows without advantage have gradient 0 and are left out of the arithmetic (not of the normaliser), unless a KL term
     needs them. Raises UserError, before it is applied, when a gradient is not finite.
     """
-    mask, group = roll.mask(), torch.arange(len(advantages)) // roll.group_size  # (N, T), (N,)
+    mask, group = roll.mask(), places.repeat_interleave(roll.group_size)  # (N, T), (N,)
+    groups = int(common.all_reduce(torch.tensor(len(places))))
     latent, teaches = is_latent(roll), advantages.any(1).cpu() | bool(args.kl_coef)  # (N, T), (N,)
     # Of clipped steps, used steps, KL, surprise, written steps, margins, their negatives, their number; summed.
     sums, grad_norm = torch.zeros(8, device=advantages.device), 0.0
-    for part in torch.arange(len(roll.prompts)).tensor_split(args.minibatches):
+    for part in torch.arange(groups).tensor_split(args.minibatches):
         inside = torch.isin(group, part)  # (N,)
         rows = (inside & teaches).nonzero().squeeze(-1)  # (M,)
-        counts = torch.stack([roll.length[inside].sum(), inside.sum(), torch.tensor(len(rows))]).cpu()
+        counts = torch.tensor([int(roll.length[inside].sum()), int(inside.sum()), len(rows)])
         steps, rollouts, used = common.all_reduce(counts).tolist()  # whatever process executed them
         if not used:
             continue
-        share = 1 / (roll.length * rollouts if args.loss_mean == "rollouts" else torch.full_like(roll.length, steps))
+        weight = 1 / (roll.length * rollouts if args.loss_mean == "rollouts" else torch.full_like(roll.length, steps))
         optimizer.zero_grad()
         replays = common.replays(lm, roll, rows, args.micro_batch, args.gradient_checkpointing)
         at_start = common.replays(start, roll, rows, args.micro_batch) if args.kl_coef else itertools.repeat((0, 0))
@@ -469,14 +549,14 @@ def update(lm, start, optimizer, roll, advantages, old_log_probs, lr, args):
             valid, old = mask[micro, :count], log_probs.detach()  # (B, T)
             if old_log_probs is not None:
                 old = old_log_probs[micro, :count]  # (B, T)
-            gain, clipped = surrogate(log_probs, old, mine[:, :count], args.clip, args.dual_clip)  # (B, T)
+            gain, clipped = clipped_gain(log_probs, old, mine[:, :count], args.clip, args.dual_clip)  # (B, T)
             kl = torch.zeros_like(log_probs)  # (B, T)
             if args.kl_coef:
                 with torch.no_grad():
                     reference, _ = trajectory_log_probs(start, roll, micro, start_hidden, mine, args)  # (B, T)
-                r = (reference - log_probs).clamp(-10, 10)
-                kl = r.exp() - r - 1  # (B, T) >= 0: the k3 estimate
-            loss = ((args.kl_coef * kl - gain) * valid).sum(1) @ share[micro]
+                r = (reference - log_probs).clamp(-20, 20)
+                kl = (r.exp() - r - 1).clamp(max=10)  # (B, T) >= 0: the k3 estimate, bounded as in verl
+            loss = ((args.kl_coef * kl - gain) * valid).sum(1) @ weight[micro]
             loss.backward()
             written = valid & ~latent[micro, :count]  # (B, T)
             numbers = [clipped & valid, valid, kl * valid, -log_probs * written, written, margins, margins < -1e-3,
@@ -484,9 +564,13 @@ def update(lm, start, optimizer, roll, advantages, old_log_probs, lr, args):
             sums += torch.stack([number.detach().sum().float() for number in numbers])
         grad_norm = apply_gradient(lm.model, optimizer, lr, args)
     clipped, valid, kl, surprise, written, margin, negative, count = common.all_reduce(sums).tolist()
+
+    def ratio(total, count):
+        return total / count if count else None
+
     return {
-        "grad_norm": grad_norm, "surprise": surprise / max(written, 1), "clipped": clipped / max(valid, 1),
-        "kl": kl / max(valid, 1), "margin": margin / max(count, 1), "margin_negative": negative / max(count, 1),
+        "grad_norm": grad_norm, "surprise": ratio(surprise, written), "clipped": ratio(clipped, valid),
+        "kl": ratio(kl, valid), "margin": ratio(margin, count), "margin_negative": ratio(negative, count),
     }  # fmt: skip
 
 
@@ -503,8 +587,8 @@ def answer_again(lm, roll, how, args):
     skipped: none at all.  zeroed: zero vectors.  shuffled: each in its neighbour's place.  heaviest: each as the word
     that weighs most in it. A thought that was never left is not left here either.
     """
-    latents, _ = thought_lengths(roll)  # (N,)
-    count = torch.zeros_like(latents) if how == "skipped" else latents  # (N,)
+    latents, exited = thought_lengths(roll)  # (N,)
+    count = latents.masked_fill(exited, 0) if how == "skipped" else latents  # (N,)
     place = torch.arange(roll.ids.shape[1], device=count.device).expand(len(count), -1)  # (N, T)
     if how == "shuffled":
         place = torch.where(place < count[:, None], (place + 1) % count[:, None].clamp(min=1), place)
@@ -559,9 +643,8 @@ def evaluate(lm, held_out, args, full):
     return result
 
 
-def describe(lm, roll, n, problem, verdict):
+def describe(lm, roll, n, latents, problem, verdict):
     """A rollout that a person can read: each latent token as its heaviest candidates with their weights. -> str"""
-    latents = int(is_latent(roll)[n].sum())
     lines = [f"    {problem.question}"]
     for t in range(latents):
         pairs = sorted(zip(roll.weights[n, t].tolist(), roll.ids[n, t].tolist(), strict=True), reverse=True)[:6]
@@ -649,8 +732,9 @@ def label_noise(ids, weights, gumbel, scale, args):
 
 def teacher_rollout(lm, prompts, labels, tails, args):
     """labels: for each problem (ids (n, K), weights (n, K)) of its n latents -> Rollout with group size 1."""
-    length = torch.tensor([len(ids) + len(tail) for (ids, _), tail in zip(labels, tails, strict=True)])  # (N,)
-    shape = len(labels), int(length.max()), args.top_k
+    counts = [len(ids) + len(tail) for (ids, _), tail in zip(labels, tails, strict=True)]
+    length = torch.tensor(counts, dtype=torch.long)  # (N,)
+    shape = len(labels), max(length.tolist(), default=0), args.top_k
     ids, weights = torch.full(shape, lm.pad_id), torch.zeros(shape)  # (N, T, K)
     for n, ((label_ids, label_weights), tail) in enumerate(zip(labels, tails, strict=True)):
         count = len(label_ids)
@@ -800,11 +884,9 @@ def label_step(lm, auto, optimizer, stream, state, args):
         loss += partial.detach()
     third = 3 * done // args.label_steps
     resting = [auto.decoder.parameters(), [*auto.encoder.parameters(), auto.compress], []][third]
-    for weight in resting:
-        weight.grad = None
     state |= {"step": state["step"] + 1, "position": position}
     lr = stage1_rate(done, args.label_steps, args)
-    norm = apply_gradient(auto, optimizer, lr, args)
+    norm = apply_gradient(auto, optimizer, lr, args, resting)
     row = {"step": state["step"] - 1, "reconstruction": float(common.all_reduce(loss)), "lr": lr, "grad_norm": norm}
     return row, ""
 
@@ -859,7 +941,7 @@ def sft_step(lm, auto, optimizer, stream, state, args, generator):
     lr = stage1_rate(done, args.sft_steps, args)
     norm = apply_gradient(lm.model, optimizer, lr, args)
     kl, cross_entropy = common.all_reduce(sums).tolist()
-    sample = describe(lm, roll, 0, problems[0], "a teacher's") if problems else ""
+    sample = describe(lm, roll, 0, len(labels[0][0]), problems[0], "a teacher's") if problems else ""
     row = {"step": state["step"] - 1, "kl": kl, "cross_entropy": cross_entropy, "lr": lr, "grad_norm": norm}
     return row, sample
 
@@ -882,13 +964,14 @@ def learning_rate(step, args):
 def collect(lm, stream, state, args, generator):
     """Dynamic sampling: draw prompts until there are P groups with both right and wrong rollouts, at most max_draws
     times; what is too many is left. Late in training, when most groups are all right, this keeps batches from
-    shrinking. -> (problems, their rollouts, rewards (P, G), numbers of all that was drawn, (problems, rollouts) of a
-    few that were); advances the position in `state`.
+    shrinking. -> (problems, their rollouts, rewards (P, G), places (P,), numbers of all that was drawn, (problems,
+    rollouts) of a few that were); advances the position in `state`.
 
-    Groups are counted through all processes in their order, so that any number of them keeps the same.
+    Groups are counted through all processes in their order, so that any number of them keeps the same: `places` are
+    the numbers of those that this one has.
     """
     number, processes = common.process()
-    kept, parts, rewards, drawn, found, rollouts = [], [], [], [], 0, 0
+    kept, parts, rewards, places, drawn, found, rollouts = [], [], [], [], [], 0, 0
     for _ in range(args.max_draws):
         problems, prompts, state["position"] = common.take(
             stream, state["position"], args.prompts_per_step, lm.tokenizer, args.max_prompt_tokens, args.think_text
@@ -904,10 +987,11 @@ def collect(lm, stream, state, args, generator):
         counts = torch.zeros(processes, dtype=torch.long)
         counts[number] = informative.sum()
         common.all_reduce(counts)
-        room = args.prompts_per_step - found - int(counts[:number].sum())
-        chosen = informative.nonzero().squeeze(-1)[: max(0, room)]  # (p,)
+        place = found + int(counts[:number].sum())
+        chosen = informative.nonzero().squeeze(-1)[: max(0, args.prompts_per_step - place)]  # (p,)
+        places.append(place + torch.arange(len(chosen)))
         kept += [problems[i] for i in chosen.tolist()]
-        parts.append((roll, chosen.to(args.device)))
+        parts.append((join([(roll, chosen.to(args.device))]), torch.arange(len(chosen), device=args.device)))
         rewards.append(strict[chosen])
         found += int(counts.sum())
         if found >= args.prompts_per_step:
@@ -915,8 +999,11 @@ def collect(lm, stream, state, args, generator):
     names = ["reward", "flexible", "length", "overlong", "latents", "exit_rate", "effective_k"]
     columns = [torch.cat([x.flatten().float().cpu() for x in column]) for column in zip(*drawn, strict=True)]
     numbers = {name: common.mean(column) for name, column in zip(names, columns, strict=True)} | {"rollouts": rollouts}
+    if math.isnan(numbers["effective_k"]):  # no latent in any rollout
+        numbers["effective_k"] = None
     few = range(args.ablate)[common.share(args.ablate)]
-    return kept, join(parts), torch.cat(rewards), numbers, (problems[: len(few)], one_each(roll, len(few)))
+    few = problems[: len(few)], one_each(roll, len(few))
+    return kept, join(parts), torch.cat(rewards), torch.cat(places), numbers, few
 
 
 def one_each(roll, count):
@@ -929,14 +1016,14 @@ def one_each(roll, count):
 def rl_step(lm, start, optimizer, stream, state, args, generator):
     """One round of sections 4 to 7 -> (log row, readable sample); advances `state`."""
     step, lr = state["step"], learning_rate(state["step"], args)
-    problems, roll, rewards, numbers, (few_problems, few) = collect(lm, stream, state, args, generator)
+    problems, roll, rewards, places, numbers, (few_problems, few) = collect(lm, stream, state, args, generator)
     shape, rewards = (len(problems), args.group_size), rewards.to(args.device)  # (P, G)
     overlong = (roll.length == args.max_new_tokens).view(shape)  # (P, G)
     advantages = group_advantages(rewards, overlong, args.overlong)  # (P, G)
     old_log_probs, mean_log_probs = None, None
     if args.minibatches > 1 or args.first_token != "off":
         nothing = torch.zeros(roll.ids.shape[:2], device=args.device)  # the flip changes gradients and no values
-        old_log_probs = score_rollouts(lm, roll, nothing, args)  # (N, T)
+        old_log_probs = current_log_probs(lm, roll, nothing, args)  # (N, T)
         mean_log_probs = (old_log_probs.sum(1) / roll.length).view(shape)  # (P, G)
     advantages = stepwise_advantages(advantages, overlong, mean_log_probs, roll.ids.shape[1], args)  # (N, T)
     damaged = {}
@@ -944,14 +1031,16 @@ def rl_step(lm, start, optimizer, stream, state, args, generator):
         texts = texts_of(lm, answer_again(lm, few, how, args), args)
         damaged[how] = common.mean(score(texts, few_problems, 1)[0])
     state["step"] = step + 1  # before the update: one that fails is not tried again
-    metrics = update(lm, start, optimizer, roll, advantages, old_log_probs, lr, args)
+    metrics = update(lm, start, optimizer, roll, places, advantages, old_log_probs, lr, args)
     teaching = int(common.all_reduce(advantages.any(1).sum().cpu()))
     numbers["zero_advantage"] = 1 - teaching / numbers["rollouts"]
     row = {"step": step} | numbers | {"lr": lr} | metrics | damaged
     if not problems:  # so few are left that other processes have them
         return row, ""
-    n = int(is_latent(roll).sum(1).argmax())  # the longest thought is shown
-    return row, describe(lm, roll, n, problems[n // args.group_size], f"reward {rewards.flatten()[n]:.0f}")
+    latents, _ = thought_lengths(roll)
+    n = int(latents.argmax())  # the longest thought is shown
+    verdict = f"reward {rewards.flatten()[n]:.0f}"
+    return row, describe(lm, roll, n, int(latents[n]), problems[n // args.group_size], verdict)
 
 
 def line(row, seconds):
@@ -982,8 +1071,8 @@ def train(stage, end, take_step, whole, optimizer, lm, held_out, state, args, ge
     bar = common.progress(total=end, initial=state["step"], desc=stage, unit="step")
     with common.StopSignal() as stop, bar:
         save()  # what came before is worth keeping
-        while state["step"] < end and not state["collapsed"]:
-            if common.all_reduce(torch.tensor(int(stop.requested)), "MAX"):
+        while not (stopped := bool(common.all_reduce(torch.tensor(int(stop.requested)), "MAX"))):
+            if state["step"] >= end or state["collapsed"] is not None:
                 break
             step_start, dice, step_began = dict(state), generator.get_state(), time.time()
             try:
@@ -1015,7 +1104,7 @@ def train(stage, end, take_step, whole, optimizer, lm, held_out, state, args, ge
             if args.save_every and done % args.save_every == 0:
                 save()
         save()
-    return state["step"] >= end or state["collapsed"] is not None
+    return not stopped or stage == "rl" and state["step"] >= end
 
 
 def watch_for_collapse(row, state, args):
@@ -1026,7 +1115,7 @@ def watch_for_collapse(row, state, args):
         state["collapsed"] = row["step"]
         tqdm.write(
             f"COLLAPSED: {rate:.0%} of the last ten steps' thoughts were left, {row['overlong']:.0%} of rollouts fill "
-            "the cap; training ends here. Lower --lr or --noise_scale (or go on with --collapse 0)"
+            "the cap; training ends here. Start again with a lower --lr or --noise_scale (or go on with --collapse 0)"
         )
     elif rate < 0.95 and row["step"] % 10 == 9:
         tqdm.write(f"warning: only {rate:.0%} of the last ten steps' thoughts were left: a collapse begins so")
@@ -1042,6 +1131,12 @@ def exit_token(lm, args):
     return ids[0]
 
 
+def save_model(lm, folder):
+    lm.model.config.thinks_in_latents = True
+    lm.model.save_pretrained(folder)
+    lm.tokenizer.save_pretrained(folder)
+
+
 def main(argv=None):
     args, state = parse_args(argv)
     began = time.time()
@@ -1049,14 +1144,15 @@ def main(argv=None):
     number, processes = common.process()
     lm = common.load_model(args.model, args.device)
     args.exit_id = exit_token(lm, args)
+    if args.top_k > len(lm.table):
+        raise UserError(f"--top_k must be at most the size of this model's vocabulary, {len(lm.table)}")
     for table in (lm.table, lm.head):
         table.requires_grad_(False)  # the space of latents stands still while the model learns to move in it
     generator = torch.Generator(args.device).manual_seed(args.seed)
-    stream = common.load_problems(args.data, "train", args.seed, tuple(args.ops), args.kind)
+    training = args.steps or args.sft_steps
+    stream = common.load_problems(args.data, "train", args.seed, tuple(args.ops), args.kind) if training else None
     test = common.load_problems(args.eval_data or args.data, "test", 0, tuple(args.ops), args.kind)
-    held_out = common.take(
-        test, 0, args.eval_problems, lm.tokenizer, args.max_prompt_tokens, args.think_text
-    )[:2]  # fmt: skip
+    held_out = common.take(test, 0, args.eval_problems, lm.tokenizer, args.max_prompt_tokens, args.think_text)[:2]
 
     name = f"latent_grpo-{common.Path(args.model).name}-seed{args.seed}"
     folder = common.Path(args.resume) if args.resume else common.open_run(args.out, name) if number == 0 else None
@@ -1075,19 +1171,24 @@ def main(argv=None):
     auto = Autoencoder(lm) if encoder_steps and state.get("stage") != "rl" else None
     start = None
 
-    stages = {  # name: (its last step, its module, its learning rate, what it does in a step)
-        "labels": (-args.sft_steps, auto, lambda o: label_step(lm, auto, o, stream, state, args)),
-        "sft": (0, auto or lm.model, lambda o: sft_step(lm, auto, o, stream, state, args, generator)),
-        "rl": (args.steps, lm.model, lambda o: rl_step(lm, start, o, stream, state, args, generator)),
+    stages = {  # name: (its last step, what it does in a step)
+        "labels": (-args.sft_steps, lambda o: label_step(lm, auto, o, stream, state, args)),
+        "sft": (0, lambda o: sft_step(lm, auto, o, stream, state, args, generator)),
+        "rl": (args.steps, lambda o: rl_step(lm, start, o, stream, state, args, generator)),
     }
-    for stage, (end, whole, take_step) in stages.items():
-        saved = state.get("stage") == stage and resumed
+    for stage, (end, take_step) in stages.items():
+        saved = resumed and state.get("stage") == stage
         if not saved and state["step"] >= end and stage != "rl":
             continue
+        auto = None if stage == "rl" else auto  # its work is done
+        whole = auto or lm.model
         trained = [weight for weight in whole.parameters() if weight.requires_grad]
         optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True)
+        if stage == "rl" and args.sft_steps and not saved and number == 0:
+            save_model(lm, folder / "latent")  # the KL's reference, also after a resume; and a start for other runs
         if stage == "rl" and args.kl_coef:
-            start = replace(lm, model=copy.deepcopy(lm.model).requires_grad_(False))
+            at_start = common.load_model(f"{args.resume}/latent", args.device) if saved and args.sft_steps else lm
+            start = replace(lm, model=copy.deepcopy(at_start.model).requires_grad_(False))
         if saved:
             common.load_checkpoint(f"{args.resume}/checkpoint.safetensors", whole, optimizer, generator)
         if stage == "rl" and "before" not in state:
@@ -1100,8 +1201,7 @@ def main(argv=None):
     if number:
         return 0
     print("after   " + "  ".join(f"{key} {value:.3f}" for key, value in after.items()))
-    lm.model.save_pretrained(folder / "model")
-    lm.tokenizer.save_pretrained(folder / "model")
+    save_model(lm, folder / "model")
     result = {"method": "latent_grpo", "model": args.model, "seed": args.seed, "steps": args.steps}
     result |= {"collapsed": state["collapsed"], "seconds": time.time() - began} | after
     result |= {f"{key}_before": value for key, value in state["before"].items()}

@@ -161,6 +161,7 @@ def parse_args(argv=None):
         *((getattr(args, name) >= 0, f"--{name} cannot be negative") for name in not_negative),
         (args.steps >= done, f"this run has done {done} steps: --steps must be at least that"),
         (not (state and args.out), "--resume goes on in its own folder: leave --out away"),
+        ("latent_steps" in begun, f"{args.resume} holds a run of another script"),
         (args.model == begun["model"], "--model cannot change in a run"),
         (args.device == begun["device"], "--device cannot change in a run: each has a random generator of its own"),
         (args.prompts_per_step >= processes,

@@ -24,6 +24,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: what tests 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch.distributions import Gumbel
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
@@ -76,10 +77,15 @@ def sgd(lm, lr=0.0):
     return torch.optim.SGD([p for p in lm.model.parameters() if p.requires_grad], lr=lr)
 
 
+def every(roll):
+    """The places of groups when one process has them all."""
+    return torch.arange(len(roll.prompts))
+
+
 def gradients(lm, roll, advantages, args, old=None, start=None):
     """Gradients that latent_grpo.update computes; the weights stay as they are (learning rate 0)."""
     lm.model.zero_grad()
-    metrics = latent_grpo.update(lm, start, sgd(lm), roll, advantages, old, 0.0, args)
+    metrics = latent_grpo.update(lm, start, sgd(lm), roll, every(roll), advantages, old, 0.0, args)
     named = [(n, p) for n, p in lm.model.named_parameters() if p.requires_grad]
     return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in named}, metrics
 
@@ -257,8 +263,6 @@ def test_written_tokens_are_drawn_from_the_policy_that_scores_them():
     lm, n = random_model(seed=4, scale=2.0), 6000
     args = settings(max_new_tokens=2, temperature=0.6)
     lm.stop_ids = [99]
-    with torch.no_grad():
-        logits = lm.model(torch.tensor([[3, 4, EXIT]])).logits[0, -1]
     args.exit_id = int(lm.model(torch.tensor([[3, 4]])).logits[0, -1].argmax())  # an exit at once, by the guard
     with torch.no_grad():
         expected = (lm.model(torch.tensor([[3, 4, args.exit_id]])).logits[0, -1] / 0.6).softmax(-1)
@@ -267,10 +271,6 @@ def test_written_tokens_are_drawn_from_the_policy_that_scores_them():
     counts = roll.heaviest()[:, 1].bincount(minlength=12)
     chi2 = ((counts - n * expected) ** 2 / (n * expected)).sum()
     assert chi2 < 31.3  # 11 degrees of freedom, p = .001
-    log_probs, _ = latent_grpo.trajectory_log_probs(
-        lm, roll, torch.arange(8), torch.zeros(8, 2, 16), torch.zeros(8, 2), args
-    )
-    assert log_probs.shape == (8, 2) and logits.shape == (12,)
     ((rows, hidden),) = list(common.replays(lm, roll, torch.arange(8), 8))
     log_probs, _ = latent_grpo.trajectory_log_probs(lm, roll, rows, hidden, torch.zeros(8, 2), args)
     assert torch.allclose(log_probs[:, 1].exp(), expected[roll.heaviest()[rows, 1]], atol=1e-5)
@@ -517,7 +517,7 @@ def test_rows_without_advantage_count_in_the_normaliser_only():
 ])  # fmt: skip
 def test_clip_and_dual_clip(ratio, advantage, value):
     new = torch.tensor([[math.log(ratio)]]).requires_grad_()
-    gain, clipped = latent_grpo.surrogate(new, torch.zeros(1, 1), torch.tensor([[float(advantage)]]), 0.2, 3.0)
+    gain, clipped = latent_grpo.clipped_gain(new, torch.zeros(1, 1), torch.tensor([[float(advantage)]]), 0.2, 3.0)
     assert abs(gain.item() - value) < 1e-5
     assert clipped.item() == (value in (1.2, -0.8, -3.0))
     (gradient,) = torch.autograd.grad(gain.sum(), new)
@@ -527,7 +527,7 @@ def test_clip_and_dual_clip(ratio, advantage, value):
 def test_exploding_ratio_stays_finite():
     new = torch.tensor([[1e4, -1e4]]).requires_grad_()
     for advantage in (1.0, -1.0):
-        gain, _ = latent_grpo.surrogate(new, torch.zeros(1, 2), torch.full((1, 2), advantage), 0.2, 3.0)
+        gain, _ = latent_grpo.clipped_gain(new, torch.zeros(1, 2), torch.full((1, 2), advantage), 0.2, 3.0)
         (gradient,) = torch.autograd.grad(gain.sum(), new)
         assert torch.isfinite(gain).all() and torch.isfinite(gradient).all()
 
@@ -538,23 +538,23 @@ def test_minibatches_take_a_step_each_and_later_ones_see_the_first_ones_log_prob
     lm, other = random_model(), random_model()
     roll = roll_out(lm, args)
     advantages = random_advantages(roll)
-    old = latent_grpo.score_rollouts(lm, roll, torch.zeros(roll.ids.shape[:2]), args)
-    metrics = latent_grpo.update(lm, None, sgd(lm), roll, advantages, old, 3.0, args)
+    old = latent_grpo.current_log_probs(lm, roll, torch.zeros(roll.ids.shape[:2]), args)
+    metrics = latent_grpo.update(lm, None, sgd(lm), roll, every(roll), advantages, old, 3.0, args)
     one, optimizer = settings(temperature=0.6), sgd(other)
     for i in range(3):
         part, rows = latent_grpo.join([(roll, torch.tensor([i]))]), slice(4 * i, 4 * i + 4)
-        latent_grpo.update(other, None, optimizer, part, advantages[rows], old[rows], 3.0, one)
+        latent_grpo.update(other, None, optimizer, part, every(part), advantages[rows], old[rows], 3.0, one)
     for a, b in zip(lm.model.parameters(), other.model.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-6)
     assert metrics["clipped"] > 0.1
     fresh = random_model()
-    assert latent_grpo.update(fresh, None, sgd(fresh), roll, advantages, old, 0.0, args)["clipped"] == 0
+    assert latent_grpo.update(fresh, None, sgd(fresh), roll, every(roll), advantages, old, 0.0, args)["clipped"] == 0
 
 
 def test_scores_before_the_update_are_its_log_probabilities():
     lm, args = random_model(), settings(temperature=0.6)
     roll = roll_out(lm, args)
-    old = latent_grpo.score_rollouts(lm, roll, torch.zeros(roll.ids.shape[:2]), args)
+    old = latent_grpo.current_log_probs(lm, roll, torch.zeros(roll.ids.shape[:2]), args)
     ((rows, hidden),) = list(common.replays(lm, roll, torch.arange(12), 64))
     log_probs, _ = latent_grpo.trajectory_log_probs(lm, roll, rows, hidden, random_advantages(roll)[rows], args)
     assert torch.allclose(old[rows], log_probs, atol=1e-5) and (old[~roll.mask()] == 0).all()
@@ -564,13 +564,15 @@ def test_kl_is_k3_on_the_stored_scores():
     lm, start, args = random_model(), random_model(seed=7), settings(kl_coef=1.0)
     roll = roll_out(lm, args)
     nothing = torch.zeros(roll.ids.shape[:2])
-    ours, reference = (latent_grpo.score_rollouts(m, roll, nothing, args) for m in (lm, start))
-    r = (reference - ours)[roll.mask()].clamp(-10, 10).double()
+    ours, reference = (latent_grpo.current_log_probs(m, roll, nothing, args) for m in (lm, start))
+    r = (reference - ours)[roll.mask()].double()
     _, metrics = gradients(lm, roll, nothing, args, start=start)
-    assert abs(metrics["kl"] - (r.exp() - r - 1).mean()) < 1e-4 * metrics["kl"]
+    assert abs(metrics["kl"] - (r.exp() - r - 1).clamp(max=10).mean()) < 1e-4 * metrics["kl"]
     assert gradients(lm, roll, nothing, args, start=copy.deepcopy(lm))[1]["kl"] < 1e-9
     optimizer = torch.optim.Adam([p for p in lm.model.parameters() if p.requires_grad])
-    kl = [latent_grpo.update(lm, start, optimizer, roll, nothing, None, 3e-3, args)["kl"] for _ in range(30)]
+    kl = []
+    for _ in range(30):
+        kl.append(latent_grpo.update(lm, start, optimizer, roll, every(roll), nothing, None, 3e-3, args)["kl"])
     assert kl[0] > 0.05 and kl[-1] < 0.5 * kl[0]
 
 
@@ -604,7 +606,8 @@ def test_non_finite_gradient_stops_before_the_weights_change():
     roll = roll_out(lm, args)
     before = [p.clone() for p in lm.model.parameters()]
     with pytest.raises(common.UserError, match="not finite"):
-        latent_grpo.update(lm, None, sgd(lm), roll, torch.full(roll.ids.shape[:2], math.nan), None, 1.0, args)
+        nan = torch.full(roll.ids.shape[:2], math.nan)
+        latent_grpo.update(lm, None, sgd(lm), roll, every(roll), nan, None, 1.0, args)
     assert all(torch.equal(a, b) for a, b in zip(before, lm.model.parameters(), strict=True))
 
 
@@ -614,7 +617,7 @@ def test_non_finite_gradient_stops_before_the_weights_change():
 
 @pytest.mark.parametrize("how", [*latent_grpo.ABLATIONS, "intact"])
 def test_ablated_latents_are_what_their_name_says(how):
-    """The first word after the exit, against the model run on embeddings that are put together here."""
+    """The first words, against the model run on embeddings that are put together here."""
     lm, args = random_model(), settings(max_new_tokens=10)
     roll = roll_out(lm, settings(max_new_tokens=10, exit_guard="off"), group_size=16)
     latents, exited = latent_grpo.thought_lengths(roll)
@@ -665,7 +668,8 @@ def test_data_without_worked_solutions_is_refused():
     with pytest.raises(common.UserError, match="worked solutions"):
         latent_grpo.take_worked(lm, common.Problems(bare, 0, 5), 0, settings())
     some = [*bare, common.Problem("1 + 1?", "2", solution="<<1+1=2>>2")]
-    problems, *_, position = latent_grpo.take_worked(lm, common.Problems(some, 0, 6), 0, settings(max_prompt_tokens=200))
+    stream = common.Problems(some, 0, 6)
+    problems, *_, position = latent_grpo.take_worked(lm, stream, 0, settings(max_prompt_tokens=200))
     assert [problem.solution for problem in problems] == ["<<1+1=2>>2"] and position == 6  # once through the data
 
 
@@ -741,34 +745,42 @@ def test_latents_of_the_encoder_do_not_depend_on_padding_or_on_each_other():
     assert torch.equal(ids, together[0][0][0]) and torch.allclose(values.softmax(-1), together[0][1][0], atol=1e-5)
 
 
-def test_reconstruction_is_the_cross_entropy_of_what_each_stream_may_see():
-    """Each chunk and the tail on its own, run by hand on only those embeddings and positions that it may see."""
+def test_reconstruction_by_hand():
+    """One row at a time: embeddings, positions, mask and targets spelled out, for rows such as `q q z1 c3 c4 z2 c5 z3
+    </think> a end`."""
     lm, auto = autoencoder()
-    args, size = settings(), 2
-    losses = latent_grpo.reconstruction(lm, auto, PROMPTS, THOUGHTS, TAILS, size, args)
+    losses = latent_grpo.reconstruction(lm, auto, PROMPTS, THOUGHTS, TAILS, 2, settings())
     expected = []
     for prompt, thought, tail in zip(PROMPTS, THOUGHTS, TAILS, strict=True):
-        ((ids, weights),) = latent_grpo.encode_thoughts(lm, auto, [prompt], [thought], size, args)
-        z = torch.einsum("tk,tkd->td", weights, lm.table[ids])
-        p, n = len(prompt), len(ids)
-
-        def cross_entropy(known, words, position, count, z=z):
-            embeds = torch.cat([known, lm.table[torch.tensor(words)]])[None]
-            where = torch.arange(position, position + embeds.shape[1])[None]
-            logits = lm.model(inputs_embeds=embeds, position_ids=where).logits[0, -count - 1 : -1]
-            return F.cross_entropy(logits, torch.tensor(words), reduction="none")
-
-        # Texts see one latent and themselves. (A latent's own state, which they attend to, has seen prompt and latents,
-        # so those are run in front and hidden by hand below: here only the tail, which sees all of them, is compared.)
-        expected.append(cross_entropy(torch.cat([lm.table[torch.tensor(prompt)], z]), tail, 0, len(tail)))
-        assert p + n > 0
-    kinds = [len(thought[size:]) for thought in THOUGHTS]
-    place = 0
-    for texts, tail, reference in zip(kinds, TAILS, expected, strict=True):
-        place += texts
-        assert torch.allclose(losses[place : place + len(tail)], reference, atol=1e-4)
-        place += len(tail)
-    assert place == len(losses)
+        ((ids, weights),) = latent_grpo.encode_thoughts(lm, auto, [prompt], [thought], 2, settings())
+        latents = torch.einsum("tk,tkd->td", weights, lm.table[ids])
+        p, n = len(prompt), len(latents)
+        entries = [("prompt", lm.table[token], i, None) for i, token in enumerate(prompt)]  # what, vector, position, id
+        owner = [None] * p
+        for i in range(n):
+            entries.append(("latent", latents[i], p + i, None))
+            owner.append(i)
+            for j, token in enumerate(thought[2 * i + 2 : 2 * i + 4]):
+                entries.append(("text", lm.table[token], p + i + 1 + j, token))
+                owner.append(i)
+        entries += [("tail", lm.table[token], p + n + j, token) for j, token in enumerate(tail)]
+        owner += [None] * len(tail)
+        size = len(entries)
+        mask = torch.zeros(size, size, dtype=torch.bool)
+        for i in range(size):
+            for j in range(i + 1):
+                if entries[i][0] == "text":
+                    mask[i, j] = entries[j][0] in ("latent", "text") and owner[j] == owner[i]
+                else:
+                    mask[i, j] = entries[j][0] != "text"
+        logits = lm.model(
+            inputs_embeds=torch.stack([vector for _, vector, _, _ in entries])[None], attention_mask=mask[None, None],
+            position_ids=torch.tensor([[position for _, _, position, _ in entries]]),
+        ).logits[0]  # fmt: skip
+        for i in range(1, size):
+            if entries[i][3] is not None:
+                expected.append(F.cross_entropy(logits[i - 1], torch.tensor(entries[i][3])))
+    assert torch.allclose(losses, torch.stack(expected), atol=1e-4)
 
 
 def test_a_chunks_text_depends_on_its_own_latent_and_not_on_the_text_of_others():
@@ -909,10 +921,11 @@ def test_dynamic_sampling_draws_until_there_are_enough_informative_groups(monkey
         drawn.clear()
         state = {"step": 0, "position": 0}
         args = settings(max_draws=max_draws, ablate=2)
-        problems, roll, rewards, numbers, few = latent_grpo.collect(
+        problems, roll, rewards, places, numbers, few = latent_grpo.collect(
             lm, stream, state, args, torch.Generator().manual_seed(0)
         )
         assert "".join(problem.question for problem in problems) == expected and len(drawn) == used
+        assert places.tolist() == list(range(len(expected)))
         assert roll.prompts == [PROMPTS[int(question) % 3] for question in expected]
         assert len(roll.length) == 4 * len(expected) and rewards.shape == (len(expected), 4)
         assert state["position"] == used and numbers["rollouts"] == 4 * used
@@ -929,21 +942,34 @@ def test_exit_token_is_the_first_of_its_text():
 
 
 def test_presets_are_the_official_scripts():
-    args = latent_grpo.parse_args(["--model", "Qwen2.5-0.5B", "--preset", "gsm8k"])[0]
-    assert (args.prompts_per_step, args.group_size, args.minibatches, args.lr) == (64, 8, 4, 1e-6)
-    assert (args.max_prompt_tokens, args.max_new_tokens, args.kl_coef, args.overlong) == (192, 128, 0.0, "include")
-    assert (args.noise, args.noise_scale, args.surrogate, args.flip) == ("one_sided", 1.0, "mean", "code")
-    assert (args.first_token, args.temperature, args.top_k, args.tau, args.clip) == ("code", 0.6, 10, 1.0, 0.2)
-    args = latent_grpo.parse_args(["--preset", "math", "--lr", "3e-5"])[0]
-    assert (args.prompts_per_step, args.minibatches, args.overlong, args.kl_coef) == (32, 1, "exclude", 0.001)
-    assert (args.max_prompt_tokens, args.max_new_tokens, args.lr, args.sft_steps) == (1024, 4096, 3e-5, 0)
+    """Against the table of the two released scripts, value by value; flags beside --preset replace them."""
+    same = dict(
+        group_size=8, lr=1e-6, schedule="constant", warmup=0, weight_decay=0.01, grad_clip=1.0, top_k=10, tau=1.0,
+        noise="one_sided", noise_scale=1.0, delta=0.0, top_p=0.95, temperature=0.6, answers="noisy", clip=0.2,
+        dual_clip=3.0, surrogate="mean", flip="code", first_token="code", verifier_reads="all", loss_mean="rollouts",
+        max_draws=50, eval_every=10, save_every=40, collapse=0.0,
+    )  # fmt: skip
+    gsm8k = dict(prompts_per_step=64, minibatches=4, max_prompt_tokens=192, max_new_tokens=128, kl_coef=0.0,
+                 overlong="include", exit_guard="on")  # fmt: skip
+    math_ = dict(prompts_per_step=32, minibatches=1, max_prompt_tokens=1024, max_new_tokens=4096, kl_coef=0.001,
+                 overlong="exclude", exit_guard="off")  # fmt: skip
+    for name, own in (("gsm8k", gsm8k), ("math", math_)):
+        args = vars(latent_grpo.parse_args(["--model", "Qwen2.5-0.5B", "--preset", name])[0])
+        assert latent_grpo.PRESETS[name] == same | own and args == args | same | own
+    assert latent_grpo.parse_args(["--preset", "math", "--lr", "3e-5"])[0].lr == 3e-5
 
 
 QUICK = ["--steps", "4", "--prompts_per_step", "4", "--group_size", "4", "--eval_problems", "8", "--eval_samples", "2",
          "--eval_every", "2", "--save_every", "2", "--show_every", "0", "--warmup", "1", "--max_draws", "2",
          "--ablate", "3"]  # fmt: skip
-BOTH = [*QUICK, "--model", "tiny", "--sft_steps", "4", "--sft_batch", "6"]
+# A little of stage 1 on a model that is latent already, so that stage 2 has rewards to learn from.
+BOTH = [*QUICK, "--model", "tiny_latent", "--sft_steps", "4", "--sft_batch", "6", "--sft_lr", "1e-6",
+        "--kl_coef", "0.01"]  # fmt: skip
 ENCODER = [*BOTH, "--labels", "encoder", "--label_steps", "4"]
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def last_line(capsys):
@@ -955,12 +981,12 @@ def test_same_seed_same_log_and_the_contract_of_the_last_line(tmp_path, capsys):
     for name in ("a", "b"):
         assert latent_grpo.main([*QUICK, "--out", str(tmp_path / name)]) == 0
         results.append(last_line(capsys))
-    rows = [json.loads(row) for row in (tmp_path / "a/log.jsonl").read_text().splitlines()]
+    rows = rows_of(tmp_path / "a")
     assert (tmp_path / "a/log.jsonl").read_bytes() == (tmp_path / "b/log.jsonl").read_bytes() and len(rows) == 4
     keys = "method model seed steps seconds greedy_before greedy sampled_before sampled pass@2 length exit_rate latents"
     assert set(keys.split()) <= set(results[0])
     logged = "reward exit_rate latents effective_k margin margin_negative zero_advantage overlong skipped zeroed"
-    assert {"shuffled", "heaviest", *logged.split()} <= set(rows[0])
+    assert {"shuffled", "heaviest", *logged.split()} <= set(rows[0]) <= set(rows[0])
     assert {**results[0], "seconds": 0} == {**results[1], "seconds": 0}
     latent_grpo.main([*QUICK, "--out", str(tmp_path / "c"), "--seed", "1"])
     assert (tmp_path / "a/log.jsonl").read_bytes() != (tmp_path / "c/log.jsonl").read_bytes()
@@ -987,6 +1013,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, how, rows, capsys):
     if how != signal.SIGKILL:
         assert "--resume" in output[0] and "Traceback" not in output[1]
     assert log.read_text().count("\n") < 12
+    assert all(row["grad_norm"] > 0 for row in rows_of(whole)) and rows_of(whole)[-1]["kl"] > 0
     latent_grpo.main(["--resume", str(broken)])
     resumed = last_line(capsys)
     assert log.read_bytes() == (whole / "log.jsonl").read_bytes()
@@ -1007,28 +1034,45 @@ def test_stopping_between_the_stages_loses_nothing(tmp_path, capsys, monkeypatch
     assert {**last_line(capsys), "seconds": 0} == {**expected, "seconds": 0}
 
 
-UNEVEN = [*BOTH, "--prompts_per_step", "3", "--eval_problems", "7", "--sft_batch", "5"]
+UNEVEN = ["--prompts_per_step", "3", "--eval_problems", "7", "--sft_batch", "5", "--minibatches", "2", "--first_token",
+          "code", "--lr", "1e-5"]  # fmt: skip
 
 
-def test_two_processes_are_one(tmp_path, capsys):
-    """Both stages, over numbers that two cannot share evenly; equal but for the order in which numbers were added."""
-    latent_grpo.main([*UNEVEN, "--out", str(tmp_path / "one")])
+@pytest.mark.parametrize("flags", [[*BOTH, *UNEVEN], [*ENCODER, *UNEVEN, "--label_steps", "3"]])
+def test_two_processes_are_one(flags, tmp_path, capsys):
+    """All stages, over numbers that two cannot share evenly; equal but for the order in which numbers were added."""
+    latent_grpo.main([*flags, "--out", str(tmp_path / "one")])
     one = last_line(capsys)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "latent_grpo.py"]
-    process = subprocess.Popen([*command, *UNEVEN, "--out", str(tmp_path / "two")], cwd=HERE, text=True,
+    process = subprocess.Popen([*command, *flags, "--out", str(tmp_path / "two")], cwd=HERE, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
     out, err = process.communicate()
     assert process.returncode == 0, err
-    logs = [
-        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
-        for name in ("one", "two")
-    ]
-    assert len(logs[0]) == len(logs[1]) == 8
+    logs = [rows_of(tmp_path / name) for name in ("one", "two")]
+    assert len(logs[0]) == len(logs[1]) >= 8 and logs[0][-1]["grad_norm"] > 0
     for a, b in zip(*logs, strict=True):
         assert a.keys() == b.keys()
-        assert all(a[key] == b[key] or math.isclose(a[key], b[key], rel_tol=1e-3, abs_tol=1e-6) for key in a), (a, b)
+        assert all(a[key] == b[key] or math.isclose(a[key], b[key], rel_tol=1e-3, abs_tol=1e-5) for key in a), (a, b)
     two = json.loads(out.strip().splitlines()[-1])
-    assert one.keys() == two.keys() and abs(one["greedy"] - two["greedy"]) < 0.2
+    assert one.keys() == two.keys() and one["greedy"] == two["greedy"]
+
+
+def test_the_end_of_stage_1_can_be_interrupted(tmp_path, capsys, monkeypatch):
+    """A signal in its last step: saved, said, and not swallowed by the start of stage 2."""
+    original = latent_grpo.sft_step
+
+    def sft_step(*arguments):
+        row = original(*arguments)
+        if row[0]["step"] == -1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return row
+
+    latent_grpo.main([*BOTH, "--out", str(tmp_path / "whole")])
+    monkeypatch.setattr(latent_grpo, "sft_step", sft_step)
+    assert latent_grpo.main([*BOTH, "--out", str(tmp_path / "run")]) == 130
+    assert len(rows_of(tmp_path / "run")) == 4 and "stopped at step 0" in capsys.readouterr().out
+    assert latent_grpo.main(["--resume", str(tmp_path / "run")]) == 0
+    assert rows_of(tmp_path / "run") == rows_of(tmp_path / "whole")
 
 
 def test_collapse_ends_the_training_aloud(tmp_path, capsys, monkeypatch):
@@ -1043,10 +1087,10 @@ def test_collapse_ends_the_training_aloud(tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "COLLAPSED: 30% of the last ten steps' thoughts were left, 70% of rollouts fill the cap" in out
     result = json.loads(out.strip().splitlines()[-1])
-    assert result["collapsed"] == 9 and len((tmp_path / "run/log.jsonl").read_text().splitlines()) == 10
+    assert result["collapsed"] == 9 and len(rows_of(tmp_path / "run")) == 10
     assert "greedy" in result  # evaluated all the same
-    latent_grpo.main([*QUICK, "--steps", "12", "--collapse", "0", "--out", str(tmp_path / "on")])
-    assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["collapsed"] is None
+    latent_grpo.main(["--resume", str(tmp_path / "run"), "--steps", "12", "--collapse", "0"])
+    assert last_line(capsys)["collapsed"] is None and len(rows_of(tmp_path / "run")) == 12
 
 
 BAD_INPUTS = {  # case: (flags, what the line must mention)
@@ -1055,9 +1099,14 @@ BAD_INPUTS = {  # case: (flags, what the line must mention)
     "missing file": (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
     "words it cannot spell": (["--data", "{tmp}/words.jsonl"], "spell"),
     "exit that is no token": (["--exit_text", "</think>"], "--exit_text"),
+    "more candidates than words": (["--top_k", "100"], "--top_k"),
+    "encoder that never learns": (["--labels", "encoder", "--label_steps", "0"], "--label_steps"),
+    "nothing random": (["--noise", "none", "--answers", "noisy"], "--answers noisy"),
+    "preset of a resumed run": (["--resume", "{tmp}/run", "--preset", "math"], "--preset"),
+    "run of another script": (["--resume", "{tmp}/other"], "another script"),
     "one rollout": (["--group_size", "1"], "--group_size"),
     "one candidate": (["--top_k", "1"], "--top_k"),
-    "chunk without room": (["--chunk", "20"], "--chunk"),
+    "chunk without room": (["--sft_steps", "1", "--chunk", "20"], "--chunk"),
     "chunk 0": (["--chunk", "0"], "--chunk"),
     "not sizes": (["--chunk", "many"], "--chunk"),
     "curriculum of encoders": (["--labels", "encoder", "--chunk", "2,4"], "--labels encoder"),
@@ -1077,6 +1126,10 @@ def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path, capsys, monkeypat
     (tmp_path / "words.jsonl").write_text('{"question": "How many eggs?", "answer": "2"}\n' * 10)
     (tmp_path / "bare.jsonl").write_text('{"question": " 1 + 1 ?", "answer": "2"}\n' * 10)
     flags, mentioned = BAD_INPUTS[case]
+    for name, args in (("run", vars(latent_grpo.parse_args([])[0])), ("other", {"model": "tiny", "device": "cpu"})):
+        (tmp_path / name).mkdir()
+        metadata = {"state": json.dumps({"step": 0, "stage": "rl", "collapsed": None, "args": args})}
+        save_file({"x": torch.zeros(1)}, tmp_path / name / "checkpoint.safetensors", metadata)
     with pytest.raises(SystemExit) as stop:
         common.run_main(lambda: latent_grpo.main([flag.replace("{tmp}", str(tmp_path)) for flag in flags]))
     error = capsys.readouterr().err.strip()
@@ -1104,7 +1157,9 @@ def test_out_of_memory_saves_and_resume_repeats_the_step(tmp_path, capsys, monke
 
 def test_stages_and_model_of_a_run_cannot_change(tmp_path, capsys):
     latent_grpo.main([*BOTH, "--out", str(tmp_path / "run")])
-    for flags in (["--sft_steps", "9"], ["--labels", "encoder"], ["--model", "tiny_latent"]):
+    assert latent_grpo.parse_args(["--model", str(tmp_path / "run/model")])[0].sft_steps == 0  # it is latent now
+    assert latent_grpo.parse_args(["--model", "tiny"])[0].sft_steps > 0
+    for flags in (["--sft_steps", "9"], ["--labels", "encoder"], ["--model", "tiny"]):
         with pytest.raises(common.UserError, match="cannot change"):
             latent_grpo.main(["--resume", str(tmp_path / "run"), *flags])
 
@@ -1116,6 +1171,7 @@ def test_every_switch_runs(tmp_path, capsys):
         ["--flip", "intended", "--minibatches", "2", "--kl_coef", "0.01"], ["--overlong", "off"],
         ["--first_token", "paper", "--overlong", "include"], ["--max_new_tokens", "4"],
         ["--model", "tiny", "--sft_steps", "0"],
+        [*ENCODER, "--gradient_checkpointing", "--sft_batch", "3"],
         ["--gradient_checkpointing", "--answers", "noisy", "--verifier_reads", "all", "--loss_mean", "rollouts"],
     )):  # fmt: skip
         small = ["--prompts_per_step", "4", "--steps", "2"]
@@ -1125,8 +1181,8 @@ def test_every_switch_runs(tmp_path, capsys):
 
 def test_the_shipped_latent_model_learns(tmp_path, capsys):
     """A short run of the default settings, far from enough for README's numbers and enough to see the sign."""
-    latent_grpo.main(["--steps", "60", "--lr", "2e-4", "--eval_problems", "256", "--eval_samples", "2", "--show_every", "0",
-                      "--eval_every", "0", "--ablate", "0", "--out", str(tmp_path / "run")])  # fmt: skip
+    latent_grpo.main(["--steps", "60", "--lr", "2e-4", "--eval_problems", "256", "--eval_samples", "2", "--show_every",
+                      "0", "--eval_every", "0", "--ablate", "0", "--out", str(tmp_path / "run")])  # fmt: skip
     result = last_line(capsys)
     assert result["greedy_before"] > 0.45 and result["greedy"] > result["greedy_before"] + 0.05
     assert result["exit_rate"] > 0.98
@@ -1154,7 +1210,7 @@ def test_real_tokenizer_and_gsm8k(labels, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(latent_grpo, "score", score)
     argv = ["--model", str(tmp_path / "model"), "--data", str(SHARED / "data/gsm8k"), "--prompts_per_step", "2",
             "--group_size", "2", "--max_new_tokens", "12", "--steps", "2", "--eval_problems", "2", "--eval_samples",
-            "2", "--save_every", "1", "--overlong", "off", "--kl_coef", "0.01", "--device", "cpu", "--sft_steps", "2", "--sft_batch", "2",
+            "2", "--save_every", "1", "--kl_coef", "0.01", "--device", "cpu", "--sft_steps", "2", "--sft_batch", "2",
             "--labels", labels, "--label_steps", "3"]  # fmt: skip
     latent_grpo.main([*argv, "--out", str(tmp_path / "run")])
     out = capsys.readouterr().out
