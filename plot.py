@@ -43,7 +43,8 @@ def table(groups):
     """Markdown: a row per group, before -> after of each accuracy."""
     first = next(iter(groups.values()))[0][1]
     passes = [key for key in first if re.fullmatch(r"pass@\d+", key)]
-    keys = ["greedy", "sampled", *passes, "greedy_flexible", "greedy_no_latents"]
+    keys = ["greedy", "sampled", *passes, "greedy_flexible", "greedy_no_latents", "exit_rate", "greedy_heaviest"]
+    keys = [key for key in keys if any(key in result for runs in groups.values() for _, result in runs)]
     lines = ["| runs | seeds | steps | seconds | " + " | ".join(keys) + " | length |", "|---" * (len(keys) + 5) + "|"]
     for name, runs in sorted(groups.items()):
         results = [result for _, result in runs]

@@ -51,9 +51,10 @@ def settings(**changed):
     return SimpleNamespace(**values | changed)
 
 
-def random_model(vocabulary=12, seed=0, scale=6.0, tied=True):
+def random_model(vocabulary=12, seed=0, scale=6.0, tied=True, sharp=1.0):
     """A small random Qwen2 with logits spread enough for its mixtures to be neither flat nor one-hot; the table and the
-    head frozen, as in the script -> lm"""
+    head frozen, as in the script. `sharp` above 1: its attention, nearly uniform otherwise, depends on who is seen
+    from how far -> lm"""
     torch.manual_seed(seed)
     model = Qwen2ForCausalLM(
         Qwen2Config(
@@ -63,6 +64,8 @@ def random_model(vocabulary=12, seed=0, scale=6.0, tied=True):
     ).eval()  # fmt: skip
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(scale)
+        for name, weight in model.named_parameters():
+            weight.mul_(sharp if "q_proj" in name or "k_proj" in name else 1.0)
     for table in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
         table.requires_grad_(False)
     tokenizer = SimpleNamespace(batch_decode=lambda rows, **_: rows)  # "texts" are lists of ids
@@ -207,7 +210,7 @@ def record_rollout(lm, args, **kwargs):
 @pytest.mark.parametrize("noise", ["one_sided", "two_sided", "none"])
 def test_replayed_logits_equal_rollout_logits(noise):
     """With prompts of different lengths, thoughts of different lengths, and rows that end early."""
-    lm = random_model()
+    lm = random_model(sharp=8.0)
     roll, seen = record_rollout(lm, settings(noise=noise, exit_guard="off", max_new_tokens=10), group_size=16)
     latents, exited = latent_grpo.thought_lengths(roll)
     if noise != "none":  # without noise all thoughts of this model run to the cap
@@ -635,6 +638,8 @@ def test_ablated_latents_are_what_their_name_says(how):
             logits = lm.model(inputs_embeds=torch.cat([prompt, thoughts, table[[EXIT]]])[None]).logits[0, -1]
         assert int(again.heaviest()[n, len(thoughts)]) == EXIT
         assert int(again.heaviest()[n, len(thoughts) + 1]) == int(logits.argmax())
+        if how == "shuffled":
+            assert torch.equal(again.weights[n, :count], roll.weights[n, :count].roll(-1, 0))
         checked += 1
     assert checked > 5
     if how == "intact":  # what was answered after these thoughts is answered after them again
@@ -706,7 +711,7 @@ def test_supervision_mask_against_the_printed_example():
 
 
 def autoencoder(**changed):
-    lm = random_model(vocabulary=30, **changed)
+    lm = random_model(vocabulary=30, sharp=8.0, **changed)
     return lm, latent_grpo.Autoencoder(lm)
 
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Qwen2.5-0.5B on GSM8K, on one GPU with 24 GB: plain GRPO and LEPO from the same start, one table at the end.
+# Qwen2.5-0.5B on GSM8K, on one GPU with 24 GB: plain GRPO, LEPO and Latent-GRPO from the same start, one table at the end.
 #
-#   bash train_gsm8k.sh                  # both runs, seed 0
+#   bash train_gsm8k.sh                  # the three runs, seed 0
 #   SEED=1 bash train_gsm8k.sh           # another seed: the table then has mean ± std
-#   bash train_gsm8k.sh --steps 20       # flags are passed on to both runs
+#   bash train_gsm8k.sh --steps 20       # flags are passed on to all runs
 #   GPUS=8 bash train_gsm8k.sh           # eight GPUs share the prompts of each step
 #
 # Each run evaluates the model before and after on the whole test set. A run that was stopped is continued by starting
@@ -38,16 +38,19 @@ if [ "${GPUS:-1}" -gt 1 ]; then
   export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600  # seconds in which a step may end and be saved after Ctrl-C
 fi
 
-run() {  # run <folder> <flags>: start it, or continue it, or leave it when it is done
-  if [ -f "$1/result.json" ]; then echo "$1 is done"
-  elif [ -f "$1/checkpoint.safetensors" ]; then "${launch[@]}" lepo.py --resume "$1"
-  else "${launch[@]}" lepo.py --out "$1" "${@:2}"
+run() {  # run <script> <folder> <flags>: start it, or continue it, or leave it when it is done
+  if [ -f "$2/result.json" ]; then echo "$2 is done"
+  elif [ -f "$2/checkpoint.safetensors" ]; then "${launch[@]}" "$1" --resume "$2"
+  else "${launch[@]}" "$1" --out "$2" "${@:3}"
   fi
 }
 
 # Baseline: the same code with no latent steps, which is GRPO exactly.
-run "runs/gsm8k-grpo-seed$seed" "${flags[@]}" --latent_steps 0 "$@"
+run lepo.py "runs/gsm8k-grpo-seed$seed" "${flags[@]}" --latent_steps 0 "$@"
 # The paper's 3B setting has 64 latent steps at tau .3.
-run "runs/gsm8k-lepo-seed$seed" "${flags[@]}" --latent_steps 64 --tau 0.3 "$@"
+run lepo.py "runs/gsm8k-lepo-seed$seed" "${flags[@]}" --latent_steps 64 --tau 0.3 "$@"
+# Stage 1 learns from GSM8K's own equations, 17 times through the training set, a latent for 8 tokens; then stage 2.
+# Thoughts and answers are short: the official cap of 128 steps.
+run latent_grpo.py "runs/gsm8k-latent_grpo-seed$seed" "${flags[@]}" --max_new_tokens 128 --sft_steps 2000 "$@"
 
 python plot.py runs/gsm8k-* --figure runs/gsm8k.png
