@@ -191,7 +191,7 @@ class Problem:
     question: str
     answer: str
     form: str = "boxed"  # "boxed": \boxed{answer} is asked for; "think": the built-in task, a number after </think>
-    solution: str = ""  # how somebody solved it, where the data has that: to learn from, never to judge by
+    solution: str = field(default="", compare=False)  # somebody's, if the data has one: to learn from, not to judge by
 
 
 class Problems:
@@ -214,7 +214,8 @@ class Problems:
 
 
 def parse_row(row, where):
-    """A GSM8K row (`question`, `answer` ending in `#### n`) or a `problem`/`answer` row -> Problem."""
+    """A GSM8K row (`question`, `answer` ending in `#### n`) or a `problem`/`answer` row -> Problem. Its solution is
+    `solution` where the row has that, else all of `answer`."""
     question = row.get("question", row.get("problem")) if isinstance(row, dict) else None
     answer = row.get("answer") if isinstance(row, dict) else None
     if isinstance(answer, (int, float)) and not isinstance(answer, bool):
@@ -224,7 +225,8 @@ def parse_row(row, where):
     final = answer.rsplit("####", 1)[-1].strip()
     if not question.strip() or not final or "\n" in final:
         raise UserError(f"{where}: needs a question and an answer that ends in `#### n` or is one line")
-    return Problem(question.strip(), final, solution=answer)
+    solution = row.get("solution")
+    return Problem(question.strip(), final, solution=solution if isinstance(solution, str) else answer)
 
 
 def read_jsonl(path):
@@ -311,7 +313,7 @@ def encode_prompt(tokenizer, problem, ending=""):
         text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     else:
         text = f"{problem.question}\n{BOXED}\n"
-    text += "" if text.rstrip().endswith(ending) else ending
+    text += "" if text.rstrip().endswith(ending.rstrip()) else ending
     ids = tokenizer.encode(text, add_special_tokens=not tokenizer.chat_template)
     if len(tokenizer.decode(ids)) < len(text) / 2:  # letters without a token are dropped
         raise UserError("this model's tokenizer cannot spell these problems (the tiny model knows only --data tiny)")

@@ -98,6 +98,8 @@ def test_rows():
     assert common.parse_row({"question": " q ", "answer": "so\n#### 1,000"}, "x") == Problem("q", "1,000")
     assert common.parse_row({"problem": "q", "answer": r"\pi", "solution": "…"}, "x") == Problem("q", r"\pi")
     assert common.parse_row({"question": "q", "answer": 4}, "x").answer == "4"
+    assert common.parse_row({"question": "q", "answer": "so\n#### 4"}, "x").solution == "so\n#### 4"
+    assert common.parse_row({"problem": "q", "answer": "4", "solution": "<<2+2=4>>"}, "x").solution == "<<2+2=4>>"
     answers = [{"question": "q", "answer": answer} for answer in (None, "", "two\nlines", True, ["1"])]
     for row in [{}, [], "text", {"question": "q"}, {"question": "", "answer": "1"}, *answers]:
         with pytest.raises(UserError, match="here:7"):
@@ -153,6 +155,9 @@ def test_prompts_use_the_chat_template_and_long_ones_are_passed_over():
     rows = common.load_problems(str(SHARED / "data/gsm8k"), "test", 0)
     text = tokenizer.decode(common.encode_prompt(tokenizer, rows[0]))
     assert rows[0].question in text and "\\boxed{}" in text and text.endswith("<|im_start|>assistant\n")
+    for ending in ("<think>", "\n"):  # added where the prompt does not end so by itself
+        text = tokenizer.decode(common.encode_prompt(tokenizer, rows[0], ending))
+        assert text.endswith("assistant\n<think>" if ending == "<think>" else "assistant\n")
     problems, prompts, position = common.take(rows, 0, 20, tokenizer, 100)
     assert len(problems) == 20 < position and max(map(len, prompts)) <= 100
     everything, _, _ = common.take(rows, 0, 5000, tokenizer, 100)
@@ -193,7 +198,7 @@ def test_models_that_compute_something_else_are_recognised(kind, fine):
 
 
 def test_model_names():
-    assert common.resolve_model("tiny").endswith("tiny")
+    assert common.resolve_model("tiny").endswith("tiny") and common.is_tiny("tiny_latent")
     assert common.resolve_model("Qwen2.5-0.5B") == "Qwen/Qwen2.5-0.5B"
     assert common.resolve_model("meta-llama/Llama-3.2-1B") == "meta-llama/Llama-3.2-1B"
 
@@ -294,6 +299,9 @@ def test_training_and_held_out_streams_share_no_problem():
 
 @pytest.mark.parametrize("kind", ["mixed", "plus", "minus", "single"])
 def test_problems_are_what_was_asked_for(kind):
+    stream = common.load_problems("tiny", "train", 0, (3, 4), kind)
+    assert stream[5].solution == stream[5].solution != stream[6].solution
+    assert stream[5].solution.split()[0] == stream[5].question.split()[0] and stream[5].solution.endswith("<eos>")
     for i in range(300):
         start, steps = tiny.make_problem(i, "train", ops=(3, 4), kind=kind)
         signs = {sign for sign, _ in steps}
