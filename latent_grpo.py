@@ -87,7 +87,7 @@ from common import SoftToken, UserError
 # 1.-2. Arguments.
 
 TINY = dict(
-    data="tiny", exit_text=" </think>", chunk=[6], label_steps=1500, sft_steps=1800, sft_batch=128, sft_lr=2e-3,
+    data="tiny", exit_text=" </think>", chunk=[6], label_steps=1500, label_lr=3e-4, sft_steps=1800, sft_batch=128, sft_lr=2e-3,
     sft_warmup=30, steps=300, prompts_per_step=32, max_new_tokens=16, lr=3e-4, micro_batch=64, eval_problems=512,
     show_every=50, save_every=50, ablate=16,
 )  # fmt: skip
@@ -143,9 +143,10 @@ def build_parser():
          choices=["chunk", "encoder"])  # fmt: skip
     flag("chunk", [8], "tokens per latent; several sizes, such as 3,6: a curriculum", type=sizes)
     flag("label_steps", 2000, "--labels encoder: updates of encoder and decoder before that")
+    flag("label_lr", 1e-4, "their peak learning rate; where it is too high, latents become one-hot and stay so")
     flag("sft_batch", 64, "worked solutions per update")
-    flag("sft_lr", 1e-4, "peak learning rate of stage 1; linear decay")
-    flag("sft_warmup", 50, "steps of linear warm-up in stage 1")
+    flag("sft_lr", 1e-4, "peak learning rate of latent SFT; both decay linearly")
+    flag("sft_warmup", 50, "steps of linear warm-up of both")
     flag("sft_noise", 1.0, "scale of the Gumbel noise on teacher mixtures at the end of stage 1; it grows from 0")
 
     group = parser.add_argument_group("latent tokens")
@@ -228,7 +229,7 @@ def parse_args(argv=None):
     processes = int(os.environ.get("WORLD_SIZE", 1))  # from torchrun
     at_least_1 = ["prompts_per_step", "micro_batch", "minibatches", "max_draws", "sft_batch", "eval_samples",
                   "eval_problems"]  # fmt: skip
-    not_negative = ["steps", "sft_steps", "label_steps", "sft_noise", "noise_scale", "delta", "clip", "lr", "sft_lr",
+    not_negative = ["steps", "sft_steps", "label_steps", "label_lr", "sft_noise", "noise_scale", "delta", "clip", "lr", "sft_lr",
                     "weight_decay", "kl_coef", "warmup", "sft_warmup", "ablate", "eval_every", "show_every",
                     "save_every"]  # fmt: skip
     fixed = ["model", "labels", "label_steps", "sft_steps"]
@@ -863,9 +864,9 @@ def reconstruction(lm, auto, prompts, thoughts, tails, size, args):
     return -common.candidate_log_probs(lm, hidden[:, :-1][wanted], ids[:, 1:][wanted][:, None], 1.0).squeeze(-1)
 
 
-def stage1_rate(done, total, args):
-    """Learning rate of stage 1 or of its first part: linear warm-up and decay."""
-    return args.sft_lr * min((done + 1) / max(1, args.sft_warmup), (total - done) / total)
+def stage1_rate(peak, done, total, args):
+    """Learning rate of one of stage 1's two parts: linear warm-up and decay."""
+    return peak * min((done + 1) / max(1, args.sft_warmup), (total - done) / total)
 
 
 def label_step(lm, auto, optimizer, stream, state, args):
@@ -885,7 +886,7 @@ def label_step(lm, auto, optimizer, stream, state, args):
     third = 3 * done // args.label_steps
     resting = [auto.decoder.parameters(), [*auto.encoder.parameters(), auto.compress], []][third]
     state |= {"step": state["step"] + 1, "position": position}
-    lr = stage1_rate(done, args.label_steps, args)
+    lr = stage1_rate(args.label_lr, done, args.label_steps, args)
     norm = apply_gradient(auto, optimizer, lr, args, resting)
     row = {"step": state["step"] - 1, "reconstruction": float(common.all_reduce(loss)), "lr": lr, "grad_norm": norm}
     return row, ""
@@ -938,7 +939,7 @@ def sft_step(lm, auto, optimizer, stream, state, args, generator):
         soft = latent[micro, : hidden.shape[1]][executed]  # (M,)
         sums += torch.stack([(kl * soft).sum(), (kl * ~soft).sum()]).detach()
     state |= {"step": state["step"] + 1, "position": position}
-    lr = stage1_rate(done, args.sft_steps, args)
+    lr = stage1_rate(args.sft_lr, done, args.sft_steps, args)
     norm = apply_gradient(lm.model, optimizer, lr, args)
     kl, cross_entropy = common.all_reduce(sums).tolist()
     sample = describe(lm, roll, 0, len(labels[0][0]), problems[0], "a teacher's") if problems else ""
