@@ -87,9 +87,9 @@ from common import SoftToken, UserError
 # 1.-2. Arguments.
 
 TINY = dict(
-    data="tiny", exit_text=" </think>", chunk=[6], label_steps=1500, label_lr=3e-4, sft_steps=1800, sft_batch=128, sft_lr=2e-3,
-    sft_warmup=30, steps=300, prompts_per_step=32, max_new_tokens=16, lr=3e-4, micro_batch=64, eval_problems=512,
-    show_every=50, save_every=50, ablate=16,
+    data="tiny", exit_text=" </think>", chunk=[6], label_steps=1500, label_lr=3e-4, sft_steps=1800, sft_lr=2e-3,
+    sft_batch=128, sft_warmup=30, steps=300, prompts_per_step=32, max_new_tokens=16, lr=3e-4, micro_batch=64,
+    eval_problems=512, show_every=50, save_every=50, ablate=16,
 )  # fmt: skip
 
 # What the two released scripts set for stage 2 (GSM8K with Llama-3.2-1B; mathematics with Qwen2.5-Math-7B). Not in it:
@@ -229,8 +229,8 @@ def parse_args(argv=None):
     processes = int(os.environ.get("WORLD_SIZE", 1))  # from torchrun
     at_least_1 = ["prompts_per_step", "micro_batch", "minibatches", "max_draws", "sft_batch", "eval_samples",
                   "eval_problems"]  # fmt: skip
-    not_negative = ["steps", "sft_steps", "label_steps", "label_lr", "sft_noise", "noise_scale", "delta", "clip", "lr", "sft_lr",
-                    "weight_decay", "kl_coef", "warmup", "sft_warmup", "ablate", "eval_every", "show_every",
+    not_negative = ["steps", "sft_steps", "label_steps", "label_lr", "sft_noise", "noise_scale", "delta", "clip", "lr",
+                    "sft_lr", "weight_decay", "kl_coef", "warmup", "sft_warmup", "ablate", "eval_every", "show_every",
                     "save_every"]  # fmt: skip
     fixed = ["model", "labels", "label_steps", "sft_steps"]
     checks = [
