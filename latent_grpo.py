@@ -36,6 +36,7 @@ Stage 1. Every worked solution becomes a thought of n latents, each with K candi
   (7)  labels:     `chunk`, cheap: a latent is the superposition of its chunk's tokens, weighted by their frequency.
                    `encoder`, the paper's: an encoder writes the latents so that a decoder which sees only them can
                    tell the next chunk and the answer (`Autoencoder`, `induction_mask`, `supervision_mask`).
+                   Built and proved, but not made to work on the tiny model: README, stage 1.
   (8)  noise:      w' = softmax((log w + clip(scale * g, -1.5, 3)) / tau), two-sided, as input and as target
   (9)  loss:       cross-entropy of `</think>`, answer and end  +  mean over latents of KL(w' || softmax(logits))
 
