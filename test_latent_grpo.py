@@ -45,8 +45,8 @@ def settings(**changed):
         first_token="off", overlong="exclude", clip=0.2, dual_clip=3.0, kl_coef=0.0, loss_mean="steps", minibatches=1,
         max_new_tokens=8, grad_clip=1e9, micro_batch=64, gradient_checkpointing=False, device="cpu", ablate=0,
         max_draws=1, group_size=4, prompts_per_step=3, max_prompt_tokens=99, think_text="<think>",
-        exit_text="</think>", labels="chunk", chunk=[2], sft_steps=10, label_steps=9, label_lr=1e-3, sft_batch=4, sft_lr=1e-3,
-        sft_warmup=1, sft_noise=1.0,
+        exit_text="</think>", labels="chunk", chunk=[2], sft_steps=10, label_steps=9, label_lr=1e-3, sft_batch=4,
+        sft_lr=1e-3, sft_warmup=1, sft_noise=1.0,
     )  # fmt: skip
     return SimpleNamespace(**values | changed)
 
