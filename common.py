@@ -320,14 +320,15 @@ def encode_prompt(tokenizer, problem, ending=""):
     return ids
 
 
-def take(stream, position, count, tokenizer, max_tokens, ending=""):
-    """The next `count` problems whose prompts fit -> (problems, their prompts as token ids, new position).
+def take(stream, position, count, tokenizer, max_tokens, *how, encode=encode_prompt):
+    """The next `count` problems whose prompts fit -> (problems, their prompts as token ids, new position). A prompt is
+    encode(tokenizer, problem, *how).
 
     Fewer than `count` when a finite set has been gone through once: nothing is returned twice.
     """
     problems, prompts, end = [], [], position + (stream.size or 1000 * count)
     while len(problems) < count and position < end:
-        ids = encode_prompt(tokenizer, stream[position], ending)
+        ids = encode(tokenizer, stream[position], *how)
         if len(ids) <= max_tokens:
             problems.append(stream[position])
             prompts.append(ids)
@@ -621,6 +622,15 @@ def mix_embeddings(table, ids, weights):
     return flat.view(*ids.shape[:-1], table.shape[1])
 
 
+SLOT = -1  # stands in a prompt where an embedding goes that is no word's
+
+
+def embed(table, ids, slots=None):
+    """ids (B, L) -> embeddings (B, L, D); slots (B, T, D) go, in their order, where a row holds SLOT, T times."""
+    embeds = F.embedding(ids.clamp(min=0), table)  # (B, L, D)
+    return embeds if slots is None else embeds.masked_scatter((ids == SLOT)[..., None], slots.to(embeds.dtype))
+
+
 def right_pad(prompts, pad_id, device):
     """-> ids (P, L), lengths (P,). Right, so that a token's column is its position; nothing ever sees the padding."""
     ids = [torch.tensor(prompt, device=device) for prompt in prompts]
@@ -672,13 +682,13 @@ class Decoder(Cache):
             return key, value
         return self.keys[layer][:rows, :, :width], self.values[layer][:rows, :, :width]
 
-    def prefill(self, prompts, table, pad_id):
-        """Start with one line for each prompt -> logits (P, V) after them."""
+    def prefill(self, prompts, table, pad_id, slots=None):
+        """Start with one line for each prompt -> logits (P, V) after them. slots (P, T, D) as in `embed`."""
         ids, length = right_pad(prompts, pad_id, table.device)  # (P, L), (P,)
         self.prefilling, self.extent, self.width = True, ids.shape, ids.shape[1]
         causal = self.column[: self.width] <= self.column[: self.width, None]  # (L, L)
         hidden = self.model.base_model(
-            inputs_embeds=F.embedding(ids, table).to(self.embeds.dtype), attention_mask=causal[None, None],
+            inputs_embeds=embed(table, ids, slots).to(self.embeds.dtype), attention_mask=causal[None, None],
             position_ids=self.column[None, : self.width], past_key_values=self, use_cache=True,
         ).last_hidden_state  # (P, L, D)  # fmt: skip
         self.prefilling = False
@@ -748,8 +758,8 @@ class Decoder(Cache):
 
 
 @torch.inference_mode()  # no_grad, and less bookkeeping: a twentieth of the time on a CPU
-def decode(lm, prompts, group_size, max_new_tokens, choose):
-    """Sample group_size completions of every prompt. -> Rollout
+def decode(lm, prompts, group_size, max_new_tokens, choose, slots=None):
+    """Sample group_size completions of every prompt. -> Rollout. Where prompts hold SLOT, slots (P, T, D) go.
 
     choose(logits (B, V), t, rows (B,)) -> SoftToken: the method's decision at step t for the rollouts `rows`. Logits
     come in the dtype of the computation: a method takes its candidates first and makes only those float32. A rollout
@@ -771,7 +781,7 @@ def decode(lm, prompts, group_size, max_new_tokens, choose):
     stopped = torch.zeros(total, dtype=torch.bool, device=device)  # (N,)
     tokens = []  # per step: (rows, SoftToken)
 
-    logits = decoder.prefill(prompts, lm.table, lm.pad_id)  # (lines, V)
+    logits = decoder.prefill(prompts, lm.table, lm.pad_id, slots)  # (lines, V)
     for t in range(max_new_tokens):
         token = choose(logits[line], t, rows)
         tokens.append((rows, token))
@@ -1012,6 +1022,62 @@ def open_run(out, default_name):
             path = Path(f"runs/{default_name}-{number}")
         except OSError as error:
             raise UserError(f"cannot write to {path}: {error.strerror}; give another --out") from None
+
+
+class Run:
+    """A run in its folder. What it is, the weights of `module`, optimiser, generator and `state` (JSON), is saved
+    together or not at all, so a resumed run cannot tell that it was interrupted. As a context, it heeds Ctrl-C.
+    """
+
+    def __init__(self, folder, module, optimizer, generator, state, began):
+        self.folder, self.module, self.optimizer, self.generator = folder, module, optimizer, generator
+        self.state, self.began, self.stop = state, began, StopSignal()
+        self.writes = process()[0] == 0  # the process that writes, for all
+        self.log = RunLog(folder, state["step"]) if self.writes else None
+
+    def __enter__(self):
+        self.stop.__enter__()
+        return self
+
+    def __exit__(self, *exc):
+        self.stop.__exit__(*exc)
+
+    def save(self):
+        if self.writes:
+            self.state["seconds"] = time.time() - self.began
+            path = self.folder / "checkpoint.safetensors"
+            save_checkpoint(path, self.module, self.optimizer, self.generator, self.state)
+
+    def steps(self, end, save_every, description):
+        """Yields until state["step"] is `end` or an interrupt, and saves before, in between and after."""
+        with progress(total=end, initial=self.state["step"], desc=description, unit="step") as bar:
+            self.save()  # what came before is worth keeping
+            while self.state["step"] < end and not all_reduce(torch.tensor(int(self.stop.requested)), "MAX"):
+                yield
+                bar.update()
+                if save_every and self.state["step"] % save_every == 0:
+                    self.save()
+            self.save()
+
+    @contextlib.contextmanager
+    def attempt(self, undo):
+        """`with run.attempt(undo):` a step that fails and has not changed the weights is taken back and can be tried
+        again: one that ends in a UserError before it advanced state["step"], or, with `undo`, for want of memory."""
+        before, dice = dict(self.state), self.generator.get_state()
+        try:
+            yield
+        except (UserError, RuntimeError, MemoryError) as error:
+            early = isinstance(error, UserError) and self.state["step"] == before["step"]
+            if early or undo and is_out_of_memory(error):
+                self.state |= before
+                self.generator.set_state(dice)
+            if isinstance(error, UserError) or undo and is_out_of_memory(error):
+                self.save()
+            raise
+
+    def write(self, row, timing):
+        if self.writes:
+            self.log.write(row, timing)
 
 
 class RunLog:

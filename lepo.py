@@ -532,55 +532,25 @@ def train_step(lm, start, optimizer, stream, state, args, generator):
     return row, timing, describe(lm, roll, n, problem, texts[n], reward, args.latent_steps)
 
 
-def train(lm, start, optimizer, stream, held_out, state, args, generator, folder, began):
-    """Steps until the last one or an interrupt. -> True when all steps are done."""
-    first = common.process()[0] == 0  # the process that writes, for all
-    log = common.RunLog(folder, state["step"]) if first else None
-
-    # What a run is: weights, optimiser, generator, and `state`. All of it is saved together or not at all, so a
-    # resumed run cannot tell that it was interrupted.
-    def save():
-        if first:
-            state["seconds"] = time.time() - began
-            common.save_checkpoint(folder / "checkpoint.safetensors", lm.model, optimizer, generator, state)
-
-    bar = common.progress(total=args.steps, initial=state["step"], desc="training", unit="step")
-    with common.StopSignal() as stop, bar:
-        if state["step"] == 0:
-            save()  # the evaluation before training is worth keeping
-        while state["step"] < args.steps and not common.all_reduce(torch.tensor(int(stop.requested)), "MAX"):
-            step_start, dice = dict(state), generator.get_state()
-            try:
-                row, timing, sample = train_step(lm, start, optimizer, stream, state, args, generator)
-            except UserError:
-                if state["step"] == step_start["step"]:
-                    generator.set_state(dice)  # it failed before the update: the step can be tried again
-                save()
-                raise
-            except (RuntimeError, MemoryError) as error:
-                # With one update per batch the weights are still those of the step's start: take the rest back too.
-                if common.is_out_of_memory(error) and args.updates_per_batch == 1:
-                    state |= step_start
-                    generator.set_state(dice)
-                    save()
-                raise
-            done = state["step"]
-            if args.eval_every and done % args.eval_every == 0 and done < args.steps:
-                row["greedy"] = evaluate(lm, held_out, args, full=False)["greedy"]
-            if first:
-                log.write(row, timing)
-            if args.show_every and row["step"] % args.show_every == 0:
-                tqdm.write(sample)
-            tqdm.write(
-                f"step {row['step']:4d}  reward {row['reward']:.3f}  flexible {row['flexible']:.3f}"
-                f"  length {row['length']:5.1f}  zero-adv {row['zero_advantage']:.2f}  eff-k {row['effective_k']:.2f}"
-                f"  grad {row['grad_norm']:.3f}  {timing['seconds']:.2f} s"
-                + (f"  greedy {row['greedy']:.3f}" if "greedy" in row else "")
-            )
-            bar.update()
-            if args.save_every and done % args.save_every == 0:
-                save()
-        save()
+def train(lm, start, stream, held_out, run, args):
+    """Steps until the last one or an interrupt. -> True when all steps are done"""
+    state = run.state
+    for _ in run.steps(args.steps, args.save_every, "training"):
+        # With one update per batch, weights are as they were until a step's last act: it can be taken back.
+        with run.attempt(undo=args.updates_per_batch == 1):
+            row, timing, sample = train_step(lm, start, run.optimizer, stream, state, args, run.generator)
+        done = state["step"]
+        if args.eval_every and done % args.eval_every == 0 and done < args.steps:
+            row["greedy"] = evaluate(lm, held_out, args, full=False)["greedy"]
+        run.write(row, timing)
+        if args.show_every and row["step"] % args.show_every == 0:
+            tqdm.write(sample)
+        tqdm.write(
+            f"step {row['step']:4d}  reward {row['reward']:.3f}  flexible {row['flexible']:.3f}"
+            f"  length {row['length']:5.1f}  zero-adv {row['zero_advantage']:.2f}  eff-k {row['effective_k']:.2f}"
+            f"  grad {row['grad_norm']:.3f}  {timing['seconds']:.2f} s"
+            + (f"  greedy {row['greedy']:.3f}" if "greedy" in row else "")
+        )
     return state["step"] >= args.steps
 
 
@@ -614,9 +584,10 @@ def main(argv=None):
         print("before  " + "  ".join(f"{key} {value:.3f}" for key, value in state["before"].items()))
     state["args"] = vars(args) | {"resume": None, "out": None}
 
-    if not train(lm, start, optimizer, stream, held_out, state, args, generator, folder, began):
-        print(f"stopped at step {state['step']}; continue with: python lepo.py --resume {folder}")
-        return 130
+    with common.Run(folder, lm.model, optimizer, generator, state, began) as run:
+        if not train(lm, start, stream, held_out, run, args):
+            print(f"stopped at step {state['step']}; continue with: python lepo.py --resume {folder}")
+            return 130
     after = evaluate(lm, held_out, args, full=True) if state["step"] else state["before"]
     if number:
         return 0

@@ -77,6 +77,12 @@ def problem_text(start, steps, note=()):
     return " " + " ".join([str(start), *(f"{sign} {digit}" for sign, digit in steps), "?", *note, "<think>"])
 
 
+def read_chain(text):
+    """The chain of a problem's text, without a note -> (start, steps)"""
+    start, *rest = text.split()[:-2]
+    return int(start), [(sign, int(digit)) for sign, digit in zip(rest[::2], rest[1::2], strict=True)]
+
+
 def true_answer(start, steps):
     for sign, digit in steps:
         start = apply_sign(start, sign, digit)
