@@ -26,9 +26,9 @@ What the paper leaves open or says in two ways, and what is done here:
     rule for stopping is given.
   - *From 512 numbers to a 4,096-wide model*, and where they go: z is the action and f a fixed map behind it, so f gets
     no gradient from RL (`--projection linear`, mode L), or d is the model's width and f the identity (`identity`,
-    mode E, the literal reading; theta is then queries, norm and heads). The default is a third: f(z) = softmax(W z) E, a
-    soft token, a mixture of the main model's words. See below. Latents stand behind the question, before what asks
-    for the answer: SoftCoT's place (2502.12134).
+    mode E, the literal reading; theta is then queries, norm and heads). The default is a third: a latent becomes a
+    soft token, f(z) = softmax(W z) E, a mixture of the main model's words. See below. Latents stand behind the
+    question, before what asks for the answer: SoftCoT's place (2502.12134).
   - *Is it filtered before or after decoding?* Both are written. `--filter all` decodes everything (its Algorithm 1);
     `prescreen` decodes the share of which a value head expects most (its section on cost: 18 %, and no score);
     `postfilter` decodes everything and imitates a right text of each prompt as well. None of them takes wrong ones
