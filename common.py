@@ -1031,7 +1031,7 @@ class Run:
 
     def __init__(self, folder, module, optimizer, generator, state, began):
         self.folder, self.module, self.optimizer, self.generator = folder, module, optimizer, generator
-        self.state, self.began, self.stop = state, began, StopSignal()
+        self.state, self.began, self.stop, self.over = state, began, StopSignal(), False
         self.writes = process()[0] == 0  # the process that writes, for all
         self.log = RunLog(folder, state["step"]) if self.writes else None
 
@@ -1049,15 +1049,20 @@ class Run:
             save_checkpoint(path, self.module, self.optimizer, self.generator, self.state)
 
     def steps(self, end, save_every, description):
-        """Yields until state["step"] is `end` or an interrupt, and saves before, in between and after."""
+        """Yields until state["step"] is `end`, `over` is set or an interrupt has come, which makes `interrupted` True
+        for all processes, also in the last step. Saves before, in between and after."""
         with progress(total=end, initial=self.state["step"], desc=description, unit="step") as bar:
             self.save()  # what came before is worth keeping
-            while self.state["step"] < end and not all_reduce(torch.tensor(int(self.stop.requested)), "MAX"):
+            while not self.hear() and not self.over and self.state["step"] < end:
                 yield
                 bar.update()
                 if save_every and self.state["step"] % save_every == 0:
                     self.save()
             self.save()
+
+    def hear(self):
+        self.interrupted = bool(all_reduce(torch.tensor(int(self.stop.requested)), "MAX"))
+        return self.interrupted
 
     @contextlib.contextmanager
     def attempt(self, undo):

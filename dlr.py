@@ -844,7 +844,7 @@ def train(end, take_step, test, run, state, args, description):
         if sample and args.show_every and row["step"] % args.show_every == 0:
             tqdm.write(sample)
         tqdm.write(line(row, seconds))
-    return state["step"] >= end
+    return state["step"] >= end and not (run.interrupted and end < args.steps)
 
 
 def make_optimizer(policy, projection, args):

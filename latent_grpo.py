@@ -1056,57 +1056,27 @@ def line(row, seconds):
     return f"step {row['step']:4d}  {shown}  {seconds:.2f} s"
 
 
-def train(stage, end, take_step, whole, optimizer, lm, held_out, state, args, generator, folder, began):
-    """Steps of one stage until its end, a collapse or an interrupt; `whole` is the module that a checkpoint holds.
-    -> True when the stage is over"""
-    first = common.process()[0] == 0  # the process that writes, for all
-    log = common.RunLog(folder, state["step"]) if first else None
+def train(stage, end, take_step, lm, held_out, run, args):
+    """Steps of one stage until its end, a collapse or an interrupt. -> True when the stage is over"""
+    state = run.state
     state["stage"] = stage
-
-    # What a run is: weights, optimiser, generator, and `state`. All of it is saved together or not at all, so a
-    # resumed run cannot tell that it was interrupted.
-    def save():
-        if first:
-            state["seconds"] = time.time() - began
-            common.save_checkpoint(folder / "checkpoint.safetensors", whole, optimizer, generator, state)
-
-    bar = common.progress(total=end, initial=state["step"], desc=stage, unit="step")
-    with common.StopSignal() as stop, bar:
-        save()  # what came before is worth keeping
-        while not (stopped := bool(common.all_reduce(torch.tensor(int(stop.requested)), "MAX"))):
-            if state["step"] >= end or state["collapsed"] is not None:
-                break
-            step_start, dice, step_began = dict(state), generator.get_state(), time.time()
-            try:
-                row, sample = take_step(optimizer)
-            except UserError:
-                if state["step"] == step_start["step"]:
-                    state |= step_start
-                    generator.set_state(dice)  # it failed before the update: the step can be tried again
-                save()
-                raise
-            except (RuntimeError, MemoryError) as error:
-                # With one update per batch the weights are still those of the step's start: take the rest back too.
-                if common.is_out_of_memory(error) and (args.minibatches == 1 or stage != "rl"):
-                    state |= step_start
-                    generator.set_state(dice)
-                    save()
-                raise
-            done, seconds = state["step"], time.time() - step_began
-            if args.eval_every and stage != "labels" and done % args.eval_every == 0 and done < end:
-                row["greedy"] = evaluate(lm, held_out, args, full=False)["greedy"]
-            if first:
-                log.write(row, {"step": row["step"], "seconds": seconds})
-            if sample and args.show_every and row["step"] % args.show_every == 0:
-                tqdm.write(sample)
-            tqdm.write(line(row, seconds))
-            if stage == "rl":
-                watch_for_collapse(row, state, args)
-            bar.update()
-            if args.save_every and done % args.save_every == 0:
-                save()
-        save()
-    return not stopped or stage == "rl" and state["step"] >= end
+    run.over = state["collapsed"] is not None
+    for _ in run.steps(end, args.save_every, stage):
+        began = time.time()
+        # With one update per batch, weights are as they were until a step's last act: it can be taken back.
+        with run.attempt(undo=args.minibatches == 1 or stage != "rl"):
+            row, sample = take_step(run.optimizer)
+        seconds, done = time.time() - began, state["step"]
+        if args.eval_every and stage != "labels" and done % args.eval_every == 0 and done < end:
+            row["greedy"] = evaluate(lm, held_out, args, full=False)["greedy"]
+        run.write(row, {"step": row["step"], "seconds": seconds})
+        if sample and args.show_every and row["step"] % args.show_every == 0:
+            tqdm.write(sample)
+        tqdm.write(line(row, seconds))
+        if stage == "rl":
+            watch_for_collapse(row, state, args)
+            run.over = state["collapsed"] is not None
+    return not run.interrupted or stage == "rl" and state["step"] >= end
 
 
 def watch_for_collapse(row, state, args):
@@ -1196,9 +1166,10 @@ def main(argv=None):
         if stage == "rl" and "before" not in state:
             state["before"] = evaluate(lm, held_out, args, full=True)
             print("before  " + "  ".join(f"{key} {value:.3f}" for key, value in state["before"].items()))
-        if not train(stage, end, take_step, whole, optimizer, lm, held_out, state, args, generator, folder, began):
-            print(f"stopped at step {state['step']}; continue with: python latent_grpo.py --resume {folder}")
-            return 130
+        with common.Run(folder, whole, optimizer, generator, state, began) as run:
+            if not train(stage, end, take_step, lm, held_out, run, args):
+                print(f"stopped at step {state['step']}; continue with: python latent_grpo.py --resume {folder}")
+                return 130
     after = evaluate(lm, held_out, args, full=True) if state["step"] else state["before"]
     if number:
         return 0

@@ -911,10 +911,9 @@ def test_stopping_between_the_stages_loses_nothing(tmp_path, capsys, monkeypatch
 
     dlr.main([*BOTH, "--out", str(tmp_path / "whole")])
     monkeypatch.setattr(dlr, "sft_step", sft_step)
-    code = dlr.main([*BOTH, "--out", str(tmp_path / "run")])
-    assert code == 0 or len(rows_of(tmp_path / "run")) == 4
-    if code:
-        assert dlr.main(["--resume", str(tmp_path / "run")]) == 0
+    assert dlr.main([*BOTH, "--out", str(tmp_path / "run")]) == 130
+    assert len(rows_of(tmp_path / "run")) == 4 and "stopped at step 0" in capsys.readouterr().out
+    assert dlr.main(["--resume", str(tmp_path / "run")]) == 0
     assert rows_of(tmp_path / "run") == rows_of(tmp_path / "whole")
 
 
