@@ -36,7 +36,7 @@ Stage 1. Every worked solution becomes a thought of n latents, each with K candi
   (7)  labels:     `chunk`, cheap: a latent is the superposition of its chunk's tokens, weighted by their frequency.
                    `encoder`, the paper's: an encoder writes the latents so that a decoder which sees only them can
                    tell the next chunk and the answer (`Autoencoder`, `induction_mask`, `supervision_mask`).
-                   Built and proved, but not made to work on the tiny model: README, stage 1.
+                   Learnt in another way than in the paper, and behind `chunk` on the tiny model: README, stage 1.
   (8)  noise:      w' = softmax((log w + clip(scale * g, -1.5, 3)) / tau), two-sided, as input and as target
   (9)  loss:       cross-entropy of `</think>`, answer and end  +  mean over latents of KL(w' || softmax(logits))
 
@@ -65,8 +65,10 @@ best on the built-in task, measured in README:
     `--loss_mean rollouts` is the micro-batch of one.
   - Updates: `--minibatches` 4 in the GSM8K script. Old log-probabilities are the training model's in both.
   - Stage 1 there trains LoRA adapters, on labels stored once. Here all weights but the embeddings, on labels made as
-    they are needed, with the teacher's noise growing from 0. The encoder reads latents off its output head; the code
-    multiplies with the input table, which is the same where the two are tied and means nothing where they are not.
+    they are needed, with the teacher's noise growing from 0. Encoder and decoder learn together, from a hint that fades
+    and under noise that grows; there in turns and without either (`label_step`). The encoder reads latents off its
+    output head; the code multiplies with the input table, which is the same where the two are tied and means nothing
+    where they are not.
 """
 
 import copy
@@ -88,7 +90,7 @@ from common import SoftToken, UserError
 # 1.-2. Arguments.
 
 TINY = dict(
-    data="tiny", exit_text=" </think>", chunk=[6], label_steps=1500, label_lr=3e-4, sft_steps=1800, sft_lr=2e-3,
+    data="tiny", exit_text=" </think>", chunk=[6], label_steps=300, label_lr=1e-3, sft_steps=1800, sft_lr=2e-3,
     sft_batch=128, sft_warmup=30, steps=300, prompts_per_step=32, max_new_tokens=16, lr=3e-4, micro_batch=64,
     eval_problems=512, show_every=50, save_every=50, ablate=16,
 )  # fmt: skip
@@ -144,7 +146,7 @@ def build_parser():
          choices=["chunk", "encoder"])  # fmt: skip
     flag("chunk", [8], "tokens per latent; several sizes, such as 3,6: a curriculum", type=sizes)
     flag("label_steps", 2000, "--labels encoder: updates of encoder and decoder before that")
-    flag("label_lr", 1e-4, "their peak learning rate; where it is too high, latents become one-hot and stay so")
+    flag("label_lr", 1e-4, "their peak learning rate")
     flag("sft_batch", 64, "worked solutions per update")
     flag("sft_lr", 1e-4, "peak learning rate of latent SFT; both decay linearly")
     flag("sft_warmup", 50, "steps of linear warm-up of both")
@@ -505,12 +507,9 @@ def current_log_probs(lm, roll, advantages, args):
     return log_probs
 
 
-def apply_gradient(model, optimizer, lr, args, resting=()):
-    """An optimiser step; weights in `resting` take no part in it. -> gradient norm; UserError, before anything changes,
-    when it is not finite."""
+def apply_gradient(model, optimizer, lr, args):
+    """An optimiser step -> gradient norm; UserError, before anything changes, when it is not finite."""
     common.reduce_gradients(model)
-    for weight in resting:
-        weight.grad = None
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip).item()
     if not math.isfinite(norm):
         raise UserError("the gradient is not finite and was not applied; the run is saved: --resume it, "
@@ -718,18 +717,12 @@ def take_worked(lm, stream, position, args):
     return *map(list, zip(*rows, strict=True)), position
 
 
-def label_noise(ids, weights, gumbel, scale, args):
-    """Equation (8): teacher mixtures (M, K) with noise inside their own candidates -> weights (M, K). gumbel (R, M, K).
+def label_noise(weights, gumbel, scale, args):
+    """Equation (8): teacher mixtures with noise inside their own candidates; weights, gumbel (M, K) -> (M, K).
 
-    Where the exit token would come out heaviest, which would teach to leave in the middle of a thought, the next of
-    the R draws is taken, and after the last the mixture as it was.
+    The official code draws again where the exit token comes out heaviest. Here no label holds it.
     """
-    noisy = weights
-    for draw in gumbel.flip(0):  # the first draw has the last word
-        fresh = ((weights.log() + (scale * draw).clamp(*CLIP)) / args.tau).softmax(-1)  # (M, K)
-        exits = ids.gather(-1, fresh.argmax(-1, keepdim=True)) == args.exit_id  # (M, 1)
-        noisy = torch.where(exits, noisy, fresh)
-    return noisy
+    return ((weights.log() + (scale * gumbel).clamp(*CLIP)) / args.tau).softmax(-1)
 
 
 def teacher_rollout(lm, prompts, labels, tails, args):
@@ -763,12 +756,13 @@ class Autoencoder(torch.nn.Module):
     model itself, can tell what comes next. It learns to as long as `--label_steps` says; then the encoder labels.
 
     `compress` is the embedding of the token C that asks the encoder for a latent; no word of the vocabulary is spent.
+    It starts as the exit token's, behind which the model writes its result so far: that is what a latent must hold.
     """
 
-    def __init__(self, lm):
+    def __init__(self, lm, exit_id):
         super().__init__()
         self.decoder, self.encoder = lm.model, copy.deepcopy(lm.model)
-        self.compress = torch.nn.Parameter(lm.table.detach().mean(0))  # (D,)
+        self.compress = torch.nn.Parameter(lm.table[exit_id].detach().clone())  # (D,)
 
 
 def induction_mask(is_compress):
@@ -815,18 +809,16 @@ def pad(rows, value, device):
     return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, value).to(device)  # (B, L)
 
 
-def encode_thoughts(lm, auto, prompts, thoughts, size, args):
-    """The encoder's latents, one for every `size` tokens of a thought. -> [(ids (n, K), weights (n, K))], in the graph
+def latent_log_probs(lm, auto, prompts, thoughts, size, args):
+    """What the encoder would write at each C, one behind every `size` tokens of a thought -> (M, V) log-probabilities
+    for the M latents of all rows. None for the tokens that end a thought or a text, which no label may hold.
 
-    A latent is read off the state at its C like a next token: the K likeliest entries of the vocabulary and their
-    softmax. Through the output head: in a model whose head is not its embedding table, products with that table mean
+    Read off through the output head: in a model whose head is not its embedding table, products with that table mean
     nothing, though the official code takes them.
     """
-    rows, counts = [], []
+    rows = []
     for prompt, thought in zip(prompts, thoughts, strict=True):
-        parts = [[*chunk, -1] for chunk in chunks(thought, size, size)]
-        rows.append(prompt + sum(parts, []))
-        counts.append(len(parts))
+        rows.append(prompt + sum(([*chunk, -1] for chunk in chunks(thought, size, size)), []))
     ids = pad(rows, 0, args.device)  # (B, L)
     is_compress = ids < 0  # (B, L)
     embeds = torch.nn.functional.embedding(ids.clamp(min=0), lm.table)  # (B, L, D)
@@ -835,15 +827,38 @@ def encode_thoughts(lm, auto, prompts, thoughts, size, args):
         replace(lm, model=auto.encoder), args.gradient_checkpointing, inputs_embeds=embeds,
         attention_mask=induction_mask(is_compress)[:, None],
     )  # (B, L, D)  # fmt: skip
-    logits = (hidden[is_compress] @ lm.head.to(hidden.dtype).T).float()  # (M, V), M latents of all rows
-    values, ids = logits.topk(args.top_k)  # (M, K)
+    logits = (hidden[is_compress] @ lm.head.to(hidden.dtype).T).float()  # (M, V)
+    logits[:, [*endings(lm, args)]] = -math.inf
+    return logits.log_softmax(-1)
+
+
+def endings(lm, args):
+    """Ids that are signals and no content: a latent that is mostly one of them ends a thought or a rollout."""
+    return {args.exit_id, lm.pad_id, *lm.stop_ids}
+
+
+def encode_thoughts(lm, auto, prompts, thoughts, size, args):
+    """The encoder's labels: the K likeliest of each latent and their softmax. -> [(ids (n, K), weights (n, K))]"""
+    values, ids = latent_log_probs(lm, auto, prompts, thoughts, size, args).topk(args.top_k)  # (M, K)
+    counts = [len(chunks(thought, size, size)) for thought in thoughts]
     return list(zip(ids.split(counts), values.softmax(-1).split(counts), strict=True))
 
 
-def reconstruction(lm, auto, prompts, thoughts, tails, size, args):
-    """Cross-entropies (S,) with which the decoder, who sees the encoder's latents, predicts what follows each of them:
-    the text of the next chunk, and after the last one the tail."""
-    labels = encode_thoughts(lm, auto, prompts, thoughts, size, args)
+def hints(lm, thoughts, tails, size, args):
+    """(M, V): what follows each latent as a superposition, of the next chunk's tokens or at last of the tail's."""
+    banned, rows = endings(lm, args), []
+    for thought, tail in zip(thoughts, tails, strict=True):
+        for text in [*chunks(thought, size, size)[1:], tail]:
+            row = torch.zeros(len(lm.head))
+            for i, weight in superposition([token for token in text if token not in banned], args.top_k):
+                row[i] = weight
+            rows.append(row)
+    return torch.stack(rows).to(args.device)
+
+
+def reconstruction(lm, ids_of_latents, weights, prompts, thoughts, tails, size, args):
+    """Cross-entropies (S,) with which the decoder, who sees the latents (M, K) of these thoughts, predicts what follows
+    each of them: the text of the next chunk, and after the last one the tail."""
     rows = []
     for prompt, thought, tail in zip(prompts, thoughts, tails, strict=True):
         p, row = len(prompt), [(token, PROMPT, 0, i) for i, token in enumerate(prompt)]  # (id, kind, chunk, position)
@@ -855,7 +870,7 @@ def reconstruction(lm, auto, prompts, thoughts, tails, size, args):
     ids, kind, chunk, position = (
         pad([[entry[i] for entry in row] for row in rows], fill, args.device) for i, fill in enumerate([0, -1, -2, 0])
     )  # (B, L) each
-    mixed = torch.cat([common.mix_embeddings(lm.table, i, w) for i, w in labels])  # (M, D)
+    mixed = common.mix_embeddings(lm.table, ids_of_latents, weights)  # (M, D)
     embeds = torch.nn.functional.embedding(ids, lm.table).masked_scatter((kind == LATENT)[..., None], mixed)
     hidden = common.run_body(
         lm, args.gradient_checkpointing, inputs_embeds=embeds, position_ids=position,
@@ -870,27 +885,51 @@ def stage1_rate(peak, done, total, args):
     return peak * min((done + 1) / max(1, args.sft_warmup), (total - done) / total)
 
 
-def label_step(lm, auto, optimizer, stream, state, args):
-    """An update of encoder, decoder or, in the last third, both -> (log row, readable sample); advances `state`."""
-    done = state["step"] + args.sft_steps + args.label_steps
+def teacher_gumbel(thoughts, own, size, first, generator, args):
+    """Noise (M, K) for the latents of the thoughts that this process has: drawn for all processes, as in a rollout."""
+    lengths = [len(chunks(thought, size, first)) for thought in thoughts]
+    mine = slice(sum(lengths[: own.start]), sum(lengths[: own.stop]))
+    return gumbel_noise((sum(lengths), args.top_k), generator, args.device)[mine]
+
+
+def label_step(lm, auto, optimizer, stream, state, args, generator):
+    """An update of encoder and decoder -> (log row, readable sample); advances `state`.
+
+    The paper trains first the encoder, against a decoder that has never read a mixture, then the decoder, then both.
+    From this start the softmax of the first of these runs into one-hot latents, which have no gradient. Here both learn
+    from the beginning, with two helps. A hint, which fades within two thirds of the steps: KL divergence from the
+    superposition of what follows to the latent, whose gradient is there for one-hot latents too. And the noise of (8),
+    which grows as the hint fades: what a latent tells by weights of a hundredth is lost to the student.
+    """
+    done, size = state["step"] + args.sft_steps + args.label_steps, args.chunk[0]
     _, prompts, thoughts, tails, position = take_worked(lm, stream, state["position"], args)
     own = common.share(len(prompts))
-    examples = [list(x[own]) for x in (prompts, thoughts, tails)]
-    total = sum(len(thought[args.chunk[0] :]) + len(tail) for thought, tail in zip(thoughts, tails, strict=True))
+    gumbel = teacher_gumbel(thoughts, own, size, size, generator, args)  # (M, K)
+    total = sum(len(thought[size:]) + len(tail) for thought, tail in zip(thoughts, tails, strict=True))
+    latents = sum(len(chunks(thought, size, size)) for thought in thoughts)
+    hint = max(0.0, 1 - 1.5 * done / args.label_steps)
     optimizer.zero_grad()
-    loss = torch.zeros((), device=args.device)
-    for i in range(0, len(examples[0]), args.micro_batch):
-        part = [x[i : i + args.micro_batch] for x in examples]
-        partial = reconstruction(lm, auto, *part, args.chunk[0], args).sum() / total
-        partial.backward()
-        loss += partial.detach()
-    third = 3 * done // args.label_steps
-    resting = [auto.decoder.parameters(), [*auto.encoder.parameters(), auto.compress], []][third]
+    sums = torch.zeros(3, device=args.device)
+    prompts, thoughts, tails = (x[own] for x in (prompts, thoughts, tails))
+    for i in range(0, len(prompts), args.micro_batch):
+        part = [x[i : i + args.micro_batch] for x in (prompts, thoughts, tails)]
+        log_p = latent_log_probs(lm, auto, *part[:2], size, args)  # (m, V)
+        values, ids = log_p.topk(args.top_k)  # (m, K)
+        weights = values.softmax(-1).clamp(min=torch.finfo(torch.float32).tiny)  # the logarithm of 0 has no gradient
+        noise, gumbel = gumbel.split([len(ids), len(gumbel) - len(ids)])
+        noisy = label_noise(weights, noise, args.sft_noise * (1 - hint), args)  # (m, K)
+        target = hints(lm, *part[1:], size, args)  # (m, V)
+        kl = (torch.xlogy(target, target) - target * log_p.where(target > 0, 0.0)).sum() / latents
+        loss = reconstruction(lm, ids, noisy, *part, size, args).sum() / total
+        (loss + hint * kl).backward()
+        effective_k = (1 / weights.square().sum(-1)).sum() / latents
+        sums += torch.stack([loss, kl, effective_k]).detach()
     state |= {"step": state["step"] + 1, "position": position}
     lr = stage1_rate(args.label_lr, done, args.label_steps, args)
-    norm = apply_gradient(auto, optimizer, lr, args, resting)
-    row = {"step": state["step"] - 1, "reconstruction": float(common.all_reduce(loss)), "lr": lr, "grad_norm": norm}
-    return row, ""
+    norm = apply_gradient(auto, optimizer, lr, args)
+    loss, kl, effective_k = common.all_reduce(sums).tolist()
+    row = {"step": state["step"] - 1, "reconstruction": loss, "hint": kl, "effective_k": effective_k}
+    return row | {"lr": lr, "grad_norm": norm}, ""
 
 
 def sft_step(lm, auto, optimizer, stream, state, args, generator):
@@ -906,11 +945,7 @@ def sft_step(lm, auto, optimizer, stream, state, args, generator):
     scale = args.sft_noise * done / args.sft_steps
     gumbel = None
     if scale:
-        # For all processes, of which each uses its part. Only an encoder's labels may hold the exit token.
-        lengths = [len(chunks(thought, size, first_chunk(size, args))) for thought in thoughts]
-        mine = slice(sum(lengths[: own.start]), sum(lengths[: own.stop]))
-        draws = 8 if args.labels == "encoder" else 1
-        gumbel = gumbel_noise((draws, sum(lengths), args.top_k), generator, args.device)[:, mine]  # (R, M, K)
+        gumbel = teacher_gumbel(thoughts, own, size, first_chunk(size, args), generator, args)  # (M, K)
     problems, prompts, thoughts, tails = (x[own] for x in (problems, prompts, thoughts, tails))
     if args.labels == "chunk":
         labels = chunk_labels(thoughts, size, args)
@@ -924,7 +959,7 @@ def sft_step(lm, auto, optimizer, stream, state, args, generator):
     latents = torch.tensor([len(ids) for ids, _ in labels], device=args.device)[:, None]  # (N, 1)
     latent = torch.arange(roll.ids.shape[1], device=args.device) < latents  # (N, T)
     if scale:
-        roll.weights[latent] = label_noise(roll.ids[latent], roll.weights[latent], gumbel, scale, args)
+        roll.weights[latent] = label_noise(roll.weights[latent], gumbel, scale, args)
     factor = torch.where(latent, 1 / (latents * count), 1 / tokens)  # (N, T)
 
     optimizer.zero_grad()
@@ -1140,11 +1175,11 @@ def main(argv=None):
     else:
         state = {"step": -args.sft_steps - encoder_steps, "position": 0, "exits": [], "collapsed": None}
     state["args"] = vars(args) | {"resume": None, "out": None}
-    auto = Autoencoder(lm) if encoder_steps and state.get("stage") != "rl" else None
+    auto = Autoencoder(lm, args.exit_id) if encoder_steps and state.get("stage") != "rl" else None
     start = None
 
     stages = {  # name: (its last step, what it does in a step)
-        "labels": (-args.sft_steps, lambda o: label_step(lm, auto, o, stream, state, args)),
+        "labels": (-args.sft_steps, lambda o: label_step(lm, auto, o, stream, state, args, generator)),
         "sft": (0, lambda o: sft_step(lm, auto, o, stream, state, args, generator)),
         "rl": (args.steps, lambda o: rl_step(lm, start, o, stream, state, args, generator)),
     }

@@ -712,7 +712,12 @@ def test_supervision_mask_against_the_printed_example():
 
 def autoencoder(**changed):
     lm = random_model(vocabulary=30, sharp=8.0, **changed)
-    return lm, latent_grpo.Autoencoder(lm)
+    return lm, latent_grpo.Autoencoder(lm, EXIT)
+
+
+def reconstruct(lm, labels, *rest):
+    ids, weights = (torch.cat(x) for x in zip(*labels, strict=True))
+    return latent_grpo.reconstruction(lm, ids, weights, *rest)
 
 
 THOUGHTS = [[10, 11, 12, 13, 14], [15, 16], [17, 18, 19, 20]]
@@ -746,7 +751,9 @@ def test_latents_of_the_encoder_do_not_depend_on_padding_or_on_each_other():
         assert torch.equal(ids, together[i][0]) and torch.allclose(weights, together[i][1], atol=1e-5)
     # The first latent by the model itself, with C's vector behind the first chunk.
     embeds = torch.cat([lm.table[torch.tensor([*PROMPTS[0], 10, 11])], auto.compress[None]])[None]
-    values, ids = auto.encoder(inputs_embeds=embeds).logits[0, -1].topk(4)
+    logits = auto.encoder(inputs_embeds=embeds).logits[0, -1]
+    logits[[PAD, STOP, EXIT]] = -math.inf
+    values, ids = logits.topk(4)
     assert torch.equal(ids, together[0][0][0]) and torch.allclose(values.softmax(-1), together[0][1][0], atol=1e-5)
 
 
@@ -754,7 +761,8 @@ def test_reconstruction_by_hand():
     """One row at a time: embeddings, positions, mask and targets spelled out, for rows such as `q q z1 c3 c4 z2 c5 z3
     </think> a end`."""
     lm, auto = autoencoder()
-    losses = latent_grpo.reconstruction(lm, auto, PROMPTS, THOUGHTS, TAILS, 2, settings())
+    labels = latent_grpo.encode_thoughts(lm, auto, PROMPTS, THOUGHTS, 2, settings())
+    losses = reconstruct(lm, labels, PROMPTS, THOUGHTS, TAILS, 2, settings())
     expected = []
     for prompt, thought, tail in zip(PROMPTS, THOUGHTS, TAILS, strict=True):
         ((ids, weights),) = latent_grpo.encode_thoughts(lm, auto, [prompt], [thought], 2, settings())
@@ -794,12 +802,7 @@ def test_a_chunks_text_depends_on_its_own_latent_and_not_on_the_text_of_others()
     labels = latent_grpo.encode_thoughts(lm, auto, [prompt], [THOUGHTS[0]], 2, args)
 
     def losses(thought, labels=labels):
-        original = latent_grpo.encode_thoughts
-        latent_grpo.encode_thoughts = lambda *_: labels  # the latents stay as they are
-        try:
-            return latent_grpo.reconstruction(lm, auto, [prompt], [thought], [tail], 2, args).detach()
-        finally:
-            latent_grpo.encode_thoughts = original
+        return reconstruct(lm, labels, [prompt], [thought], [tail], 2, args).detach()  # the latents stay as they are
 
     before = losses(THOUGHTS[0])  # of 12 13 | 14 | tail, after the latents of (10 11), (12 13), (14)
     changed = losses([10, 11, 25, 13, 14])  # another first word of the second chunk
@@ -813,7 +816,8 @@ def test_a_chunks_text_depends_on_its_own_latent_and_not_on_the_text_of_others()
 
 def test_reconstruction_teaches_encoder_decoder_and_compress_vector_and_leaves_the_table():
     lm, auto = autoencoder(tied=False)
-    latent_grpo.reconstruction(lm, auto, PROMPTS, THOUGHTS, TAILS, 2, settings()).sum().backward()
+    labels = latent_grpo.encode_thoughts(lm, auto, PROMPTS, THOUGHTS, 2, settings())
+    reconstruct(lm, labels, PROMPTS, THOUGHTS, TAILS, 2, settings()).sum().backward()
     assert auto.compress.grad.abs().sum() > 0
     for model in (auto.encoder, auto.decoder):
         body = [p for p in model.parameters() if p.requires_grad]
@@ -821,23 +825,40 @@ def test_reconstruction_teaches_encoder_decoder_and_compress_vector_and_leaves_t
         assert model.get_input_embeddings().weight.grad is None and model.get_output_embeddings().weight.grad is None
 
 
-def test_teacher_noise_is_two_sided_inside_the_candidates_and_never_teaches_to_leave():
-    n = 20_000
-    gumbel = latent_grpo.gumbel_noise((8, n, 4), torch.Generator().manual_seed(0), "cpu")
-    ids = torch.tensor([[7, EXIT, 9, PAD]]).expand(n, -1)
-    weights = torch.tensor([[0.5, 0.3, 0.2, 0.0]]).expand(n, -1)
-    first = latent_grpo.label_noise(ids + 10, weights, gumbel, 1.0, settings())
-    expected = (weights.log() + gumbel[0].clamp(-1.5, 3)).softmax(-1)
-    assert torch.allclose(first, expected) and (first[:, 3] == 0).all()
-    assert 0.25 < (first.argmax(-1) == 1).float().mean() < 0.35  # nearly a Gumbel-max draw: clipping costs little
-    noisy = latent_grpo.label_noise(ids, weights, gumbel, 1.0, settings())
-    fine = first.argmax(-1) != 1
-    assert torch.equal(noisy[fine], first[fine]) and (noisy.argmax(-1) != 1).all()
-    second = (weights.log() + gumbel[1].clamp(-1.5, 3)).softmax(-1)
-    again = ~fine & (second.argmax(-1) != 1)
-    assert torch.allclose(noisy[again], second[again]) and again.sum() > 1000
-    stuck = latent_grpo.label_noise(torch.full((2, 1), EXIT), torch.ones(2, 1), gumbel[:, :2, :1], 1.0, settings())
-    assert torch.equal(stuck, torch.ones(2, 1))
+def test_teacher_noise_is_two_sided_inside_the_candidates():
+    gumbel = latent_grpo.gumbel_noise((20_000, 4), torch.Generator().manual_seed(0), "cpu")
+    weights = torch.tensor([[0.5, 0.3, 0.2, 0.0]]).expand(20_000, -1)
+    noisy = latent_grpo.label_noise(weights, gumbel, 1.0, settings())
+    assert torch.allclose(noisy, (weights.log() + gumbel.clamp(-1.5, 3)).softmax(-1)) and (noisy[:, 3] == 0).all()
+    assert 0.25 < (noisy.argmax(-1) == 1).float().mean() < 0.35  # nearly a Gumbel-max draw: clipping costs little
+
+
+def test_no_label_of_the_encoder_holds_a_token_that_ends_something():
+    """Where each of them is what the encoder likes best."""
+    lm, auto = autoencoder()
+    for signal_id in (PAD, STOP, EXIT):
+        with torch.no_grad():
+            log_p = latent_grpo.latent_log_probs(lm, auto, PROMPTS, THOUGHTS, 2, settings())
+            lm.head[signal_id] = 9 * lm.head[log_p.argmax(-1)[0]]
+        labels = latent_grpo.encode_thoughts(lm, auto, PROMPTS, THOUGHTS, 2, settings())
+        assert not any(torch.isin(ids, torch.tensor([PAD, STOP, EXIT])).any() for ids, _ in labels)
+        assert all(torch.allclose(weights.sum(-1), torch.ones(len(weights))) for _, weights in labels)
+
+
+def test_compress_starts_as_the_exit_token_and_is_a_weight_of_its_own():
+    lm, auto = autoencoder()
+    assert torch.equal(auto.compress, lm.table[EXIT]) and auto.compress.requires_grad
+    assert auto.compress.data_ptr() != lm.table[EXIT].data_ptr()
+
+
+def test_hints_are_superpositions_of_what_follows_each_latent():
+    lm, _ = autoencoder()
+    tails = [[EXIT, 21, 21, 22, STOP], [EXIT, 23, STOP]]
+    rows = latent_grpo.hints(lm, [[10, 11, 12, 13, 12], [15]], tails, 2, settings())
+    expected = [{12: 1 / 2, 13: 1 / 2}, {12: 1.0}, {21: 2 / 3, 22: 1 / 3}, {23: 1.0}]
+    assert rows.shape == (4, 30)
+    for row, pairs in zip(rows, expected, strict=True):
+        assert {i: w for i, w in enumerate(row.tolist()) if w} == pytest.approx(pairs)
 
 
 def test_a_step_of_stage_1_is_kl_at_latents_and_cross_entropy_after_them(monkeypatch):
@@ -876,7 +897,7 @@ def test_curriculum_and_noise_ramp(monkeypatch):
     lm.tokenizer = SimpleNamespace(decode=lambda ids: str(ids))
     problems = [common.Problem(str(i), "1", "think") for i in range(3)]
     monkeypatch.setattr(latent_grpo, "take_worked", lambda *_: (problems, PROMPTS, THOUGHTS, TAILS, 3))
-    monkeypatch.setattr(latent_grpo, "label_noise", lambda ids, w, noise, scale, _: seen[-1].append(scale) or w)
+    monkeypatch.setattr(latent_grpo, "label_noise", lambda w, noise, scale, _: seen[-1].append(scale) or w)
     original = latent_grpo.chunk_labels
     monkeypatch.setattr(latent_grpo, "chunk_labels", lambda t, size, a: seen.append([size]) or original(t, size, a))
     args = settings(chunk=[2, 4], sft_noise=0.8)
@@ -888,19 +909,65 @@ def test_curriculum_and_noise_ramp(monkeypatch):
     assert [step[1] for step in seen[1:]] == pytest.approx([0.08 * i for i in range(1, 10)])
 
 
-def test_thirds_of_the_label_steps_train_encoder_decoder_and_both(monkeypatch):
+@pytest.mark.parametrize("done, hint", [(0, 1.0), (3, 0.5), (7, 0.0)])
+def test_a_label_step_is_reconstruction_under_noise_and_a_hint_that_fades(monkeypatch, done, hint):
+    """Of nine steps; loss and gradients by hand, all rows at once. Encoder, decoder and C move in every one of them."""
     lm, auto = autoencoder()
-    monkeypatch.setattr(latent_grpo, "take_worked", lambda *_: (None, PROMPTS, THOUGHTS, TAILS, 3))
-    optimizer = torch.optim.AdamW([p for p in auto.parameters() if p.requires_grad])
-    state, moved = {"step": -19, "position": 0}, []
-    for _ in range(9):
-        before = copy.deepcopy(auto.state_dict())
-        row, _ = latent_grpo.label_step(lm, auto, optimizer, None, state, settings())
-        changed = {name for name, value in auto.state_dict().items() if not torch.equal(value, before[name])}
-        parts = ("encoder", "compress", "decoder")
-        moved.append(tuple(any(name.startswith(part) for name in changed) for part in parts))
-        assert row["reconstruction"] > 0
-    assert moved == [(True, True, False)] * 3 + [(False, False, True)] * 3 + [(True, True, True)] * 3
+    args = settings(micro_batch=2, sft_noise=0.8)
+    monkeypatch.setattr(latent_grpo, "take_worked", lambda *_: (PROMPTS, PROMPTS, THOUGHTS, TAILS, 3))
+    trained = {name: p for name, p in auto.named_parameters() if p.requires_grad}
+    before = {name: p.detach().clone() for name, p in trained.items()}
+    state = {"step": done - 19, "position": 0}
+    optimizer = torch.optim.SGD(trained.values(), lr=1.0)
+    row, _ = latent_grpo.label_step(lm, auto, optimizer, None, state, args, torch.Generator().manual_seed(0))
+    assert state == {"step": done - 18, "position": 3}
+    moved = {name.split(".")[0] for name, p in trained.items() if not torch.equal(p, before[name])}
+    assert moved == {"encoder", "decoder", "compress"}
+    ours = {name: p.grad.clone() for name, p in trained.items()}
+    for name, p in trained.items():
+        p.data.copy_(before[name])
+    auto.zero_grad()
+
+    log_p = latent_grpo.latent_log_probs(lm, auto, PROMPTS, THOUGHTS, 2, args)
+    values, ids = log_p.topk(4)
+    clean = values.softmax(-1)
+    gumbel = latent_grpo.gumbel_noise(ids.shape, torch.Generator().manual_seed(0), "cpu")
+    weights = (clean.log() + (0.8 * (1 - hint) * gumbel).clamp(-1.5, 3)).softmax(-1)
+    loss = latent_grpo.reconstruction(lm, ids, weights, PROMPTS, THOUGHTS, TAILS, 2, args).mean()
+    target = latent_grpo.hints(lm, THOUGHTS, TAILS, 2, args)
+    kl = F.kl_div(log_p.clamp(min=-1e9), target, reduction="sum") / len(ids)
+    (loss + hint * kl).backward()
+    assert row["reconstruction"] == pytest.approx(loss.item(), rel=1e-5)
+    assert row["hint"] == pytest.approx(kl.item(), rel=1e-5)
+    assert row["effective_k"] == pytest.approx((1 / clean.square().sum(-1)).mean().item(), rel=1e-5)
+    assert_close_gradients(ours, {name: p.grad for name, p in trained.items()})
+
+
+def test_a_hint_teaches_latents_that_are_one_hot():
+    """What the paper's first third lacks: a gradient where the softmax over the candidates has none."""
+    lm, auto = autoencoder()
+    with torch.no_grad():
+        auto.encoder.base_model.norm.weight.mul_(100.0)
+    log_p = latent_grpo.latent_log_probs(lm, auto, PROMPTS, THOUGHTS, 2, settings())
+    values, ids = log_p.topk(4)
+    weights = values.softmax(-1)
+    loss = latent_grpo.reconstruction(lm, ids, weights, PROMPTS, THOUGHTS, TAILS, 2, settings()).mean()
+    target = latent_grpo.hints(lm, THOUGHTS, TAILS, 2, settings())
+    kl = -(target * log_p.where(target > 0, 0.0)).sum()
+    stuck, taught = (torch.autograd.grad(x, auto.compress, retain_graph=True)[0].norm() for x in (loss, kl))
+    assert weights.max(-1).values.min() > 0.999 and stuck < 1e-3 * taught
+
+
+def test_a_label_step_survives_weights_that_underflow(monkeypatch):
+    lm, auto = autoencoder()
+    with torch.no_grad():
+        auto.encoder.base_model.norm.weight.mul_(1e4)
+    ((_, weights), *_) = latent_grpo.encode_thoughts(lm, auto, PROMPTS, THOUGHTS, 2, settings())
+    assert (weights == 0).any()
+    monkeypatch.setattr(latent_grpo, "take_worked", lambda *_: (PROMPTS, PROMPTS, THOUGHTS, TAILS, 3))
+    optimizer = torch.optim.SGD([p for p in auto.parameters() if p.requires_grad], lr=1.0)
+    state = {"step": -12, "position": 0}  # a gradient that is not finite would raise UserError
+    latent_grpo.label_step(lm, auto, optimizer, None, state, settings(), torch.Generator())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
