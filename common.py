@@ -485,7 +485,8 @@ class LanguageModel:
                 for weight in self.half.parameters():  # parameters only: rotary frequencies must stay float32
                     weight.data = weight.data.bfloat16()
             for weight, master in zip(self.half.parameters(), self.model.parameters(), strict=True):
-                weight.copy_(master)
+                if master.requires_grad:  # a frozen one is as it was
+                    weight.copy_(master)
         return self.half
 
     def decoder_for(self, rows, columns):

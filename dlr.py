@@ -34,10 +34,11 @@ What the paper leaves open or says in two ways, and what is done here:
     `postfilter` decodes everything and imitates a right text of each prompt as well. None of them takes wrong ones
     out of (3), which would leave no negatives. A pre-screen's K are not draws of pi: its gradient is biased.
   - *"Bidirectional"*: scores of one view with itself are symmetric, so both directions of (6) are equal (`contrastive`
-    takes a second view). The mean over k instead of the sum, which would be G times gamma; s = 1/sqrt(d): with the
-    paper's s = 1 a latent's product with itself is so much larger that the loss is exactly 0 in float32. On draws,
-    which are constants, (6) has no gradient: it gets one through mu + sigma eps. All draws of a prompt share one mu,
-    so (6) mostly raises sigma: an entropy bonus. With several `--starts` there are several mu.
+    takes a second view). The mean over k instead of the sum, which would be G times gamma; s = 1 / (d sigma^2), with
+    the sigma of the start: with the paper's s = 1 a latent's product with itself is so much larger than with others
+    that (6) is exactly 0 in float32. On draws, which are constants, (6) has no gradient: it gets one through mu +
+    sigma eps. All draws of a prompt share one mu, so (6) mostly raises sigma: an entropy bonus. With several
+    `--starts` there are several mu.
   - *N* in (5) is not in the paper. A sum over T d numbers moves so far in one AdamW step that exp overflows; N = d by
     default (`--norm exact` is the paper). The KL has the same N.
   - *Not reported*: lambda (.2), eps (.2), one pass per batch, std of the population, clipping norm 1 (for the assistant
@@ -78,8 +79,8 @@ from common import SLOT, SoftToken, UserError
 
 TINY = dict(
     assistant="tiny", data="tiny", latent_steps=4, latent_dim=32, group_size=16, steps=60, prompts_per_step=32,
-    max_new_tokens=40, lr=3e-3, lr_assistant=1e-3, sft_lr=1e-3, warmup=5, micro_batch=64, eval_problems=512,
-    eval_every=10, show_every=20, sft_batch=64,
+    max_new_tokens=40, contrast=0.01, lr=3e-3, lr_assistant=1e-3, sft_lr=1e-3, warmup=5, micro_batch=64,
+    eval_problems=512, eval_every=10, show_every=20, sft_batch=64,
 )  # fmt: skip
 
 
@@ -108,8 +109,8 @@ def build_parser():
     flag("max_prompt_tokens", 512, "problems with longer prompts are passed over")
 
     group = parser.add_argument_group("latents")
-    flag("policy", "parallel", "the assistant writes all latents at once, or each after the last one; or, a control, "
-         "no assistant: one learned prompt for all problems",
+    flag("policy", "parallel", "the assistant writes all latents at once, or each after the last one, in T passes; or, "
+         "a control, no assistant: one learned prompt for all problems",
          choices=["parallel", "autoregressive", "prompt"])  # fmt: skip
     flag("latent_steps", 16, "T, latents per prompt (paper: at most 32)")
     flag("latent_dim", 128, "d, numbers per latent (paper: 512); --projection identity has as many as an embedding")
@@ -196,9 +197,11 @@ def parse_args(argv=None):
         (not (state and args.out), "--resume goes on in its own folder: leave --out away"),
         (args.prompts_per_step >= processes,
          f"--prompts_per_step must be at least the number of processes, {processes}"),
-        (processes == 1 or not args.controls, "--controls runs in one process"),
+        ("WORLD_SIZE" not in os.environ or not args.controls, "--controls runs without torchrun"),
         (args.group_size >= 2, "--group_size must be at least 2: an advantage compares trajectories"),
-        (args.sigma > 0 and args.grad_clip > 0, "--sigma and --grad_clip must be above 0"),
+        (0.02 <= args.sigma <= 2.7, "--sigma must be from 0.02 to 2.7: beyond that it is bounded and cannot learn"),
+        (args.grad_clip > 0, "--grad_clip must be above 0"),
+        (args.starts <= args.group_size, "--starts must be at most --group_size: some would never be taken"),
         (0 < args.share <= 1 and 0 <= args.explore <= 1, "--share and --explore must be in (0, 1] and [0, 1]"),
         (args.filter != "prescreen" or decoded(args) >= 2,
          f"--share {args.share} of --group_size {args.group_size} leaves less than 2 to compare: raise one of them"),
@@ -463,35 +466,27 @@ def gaussian_kl(mu, log_std, ref_mu, ref_log_std):
     return (ref_log_std - log_std + 0.5 * (ratio.square() + shift.square() - 1)).sum((-2, -1))
 
 
-def contrastive(a, b=None, scale=1.0, normalize=False, pool="step", reduction="mean"):
-    """Equation (6) over a group: a, b (…, G, T, d); without b, the paper's, the latents are compared with themselves.
-
-    pool: step by step, the mean of the steps, or all T d numbers at once. reduction: `sum` over a group is the paper's
-    G times the mean. Both directions, rows and columns, are averaged; without b they are equal.
-    """
-    def vectors(x):  # (…, G, T, d) -> (…, pools, G, numbers)  # fmt: skip
-        pools = {"step": x.transpose(-3, -2), "mean": x.mean(-2).unsqueeze(-3), "flat": x.flatten(-2).unsqueeze(-3)}
-        return F.normalize(pools[pool], dim=-1) if normalize else pools[pool]
-
-    scores = scale * vectors(a) @ vectors(a if b is None else b).transpose(-1, -2)  # (…, pools, G, G)
-    own = scores.diagonal(dim1=-2, dim2=-1)  # (…, pools, G)
-    loss = (scores.logsumexp(-1) + scores.logsumexp(-2)) / 2 - own  # (…, pools, G)
-    return loss.mean() if reduction == "mean" else loss.sum(-1).mean()
+def contrastive(a, scale, b=None):
+    """Equation (6), the mean over steps, groups and anchors: a (…, G, T, d). With a second view b, as in SoftCoT++,
+    both directions count; the paper's has one view, whose scores are symmetric. Unit vectors make it InfoNCE."""
+    a, b = (x.transpose(-3, -2) for x in (a, a if b is None else b))  # (…, T, G, d)
+    scores = scale * a @ b.transpose(-1, -2)  # (…, T, G, G)
+    own = scores.diagonal(dim1=-2, dim2=-1)  # (…, T, G)
+    return ((scores.logsumexp(-1) + scores.logsumexp(-2)) / 2 - own).mean()
 
 
 def surrogate(log_ratio, advantages, clip):
     """The min of (5) and where clipping acts, (P, K) -> (P, K) twice.
 
     With eps .2, ratio 1.5 and A = 1 give 1.2; ratio 1.5 and A = -1 give -1.5. Nothing bounds that second branch but
-    the log-ratio's own bound, to 148 |A|; without it, sums over hundreds of numbers overflow (README of this file's
-    tests: at a log-ratio of 100 the gradient is NaN)."""
+    the log-ratio's own bound, to 148 |A|; without it, at a log-ratio of 100 the gradient is NaN or infinite."""
     ratio = log_ratio.clamp(-5, 5).exp()
     plain, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
     return torch.minimum(plain, clipped), clipped < plain
 
 
 def solution_loss(main, prompts, embeddings, targets, args):
-    """Sum of the cross-entropies of target texts, lists of ids, and their number, given prompts whose slots hold
+    """Cross-entropies (N,) of target texts, lists of ids, summed over each text, given prompts whose slots hold
     embeddings (N, T, D), which the gradient reaches through the frozen main model."""
     device = embeddings.device
     ids, _ = common.right_pad([p + t for p, t in zip(prompts, targets, strict=True)], main.pad_id, device)  # (N, L)
@@ -504,7 +499,7 @@ def solution_loss(main, prompts, embeddings, targets, args):
     end = begin + torch.tensor([len(target) for target in targets], device=device)[:, None]  # (N, 1)
     learnt = (place >= begin) & (place < end)  # (N, L)
     log_p = common.candidate_log_probs(main, hidden[:, :-1][learnt[:, 1:]], ids[learnt][:, None], 1.0)  # (M, 1)
-    return -log_p.sum(), learnt.sum().item()
+    return log_p.new_zeros(len(ids)).index_add(0, learnt.nonzero()[:, 0], -log_p[:, 0])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -552,7 +547,7 @@ def losses(main, policy, projection, reference, batch, old, args):
     old = log_prob.detach() if old is None else old
     gain, clipped = surrogate((log_prob - old) / norm, batch.advantages, args.clip)  # (p, K)
     fresh = mu + log_std.exp() * batch.eps  # (p, G, T, d)
-    apart = contrastive(fresh, scale=1 / math.sqrt(d)) * len(mu)
+    apart = contrastive(fresh, 1 / (args.sigma**2 * d)) * len(mu)
     loss, kl = args.contrast * apart - gain.mean(1).sum(), torch.zeros_like(apart)
     if args.kl_coef:
         with torch.no_grad():
@@ -567,8 +562,8 @@ def losses(main, policy, projection, reference, batch, old, args):
     if args.filter == "postfilter" and rows:
         latents = torch.stack([fresh[i, batch.chosen[i, batch.right[i][0]]] for i in rows])  # (n, T, d)
         targets = [batch.right[i][1] for i in rows]
-        entropy, words = solution_loss(main, [batch.prompts[i] for i in rows], projection(latents), targets, args)
-        loss = loss + args.imitate * entropy / words * len(rows)
+        entropies = solution_loss(main, [batch.prompts[i] for i in rows], projection(latents), targets, args)  # (n,)
+        loss = loss + args.imitate * (entropies / entropies.new_tensor([len(ids) for ids in targets])).sum()
     numbers = torch.stack([clipped.float().mean(1).sum(), kl, apart, guess, log_std.exp().mean((1, 2, 3)).sum(),
                            mu.square().mean((1, 2, 3)).sum()])  # fmt: skip
     return loss, log_prob.detach(), numbers.detach()
@@ -602,9 +597,9 @@ def update(main, policy, projection, reference, optimizer, batch, args):
             (loss / count).backward()
             sums += numbers
         norms = apply_gradient(policy, projection, optimizer, args)
-    clipped, kl, apart, guess, sigma, drift = (common.all_reduce(sums) / count / args.updates_per_batch).tolist()
+    clipped, kl, apart, guess, sigma, mu_rms = (common.all_reduce(sums) / count / args.updates_per_batch).tolist()
     metrics = {"grad_norm": norms[0], "grad_norm_assistant": norms[1], "clipped": clipped, "kl": kl}
-    metrics |= {"contrastive": apart, "sigma": sigma, "drift": math.sqrt(drift)}
+    metrics |= {"contrastive": apart, "sigma": sigma, "mu_rms": math.sqrt(mu_rms)}
     if args.filter == "prescreen":
         moments = torch.stack([batch.rewards.mean(1).sum(), batch.rewards.square().mean(1).sum()])
         first, second = (common.all_reduce(moments) / count).tolist()
@@ -636,9 +631,11 @@ def right_note(main, problems, args):
 
 
 def vote(answers):
-    """The most frequent answer, the earliest of equals; None where nobody has one."""
-    counts = Counter(answer for answer in answers if answer is not None)
-    return counts.most_common(1)[0][0] if counts else None
+    """The most frequent answer, the earliest of equals; None where nobody has one. Numbers count as numbers."""
+    numbers = [common.to_number(answer) if answer is not None else None for answer in answers]
+    keys = [a if n is None else n for a, n in zip(answers, numbers, strict=True)]
+    counts = Counter(key for key in keys if key is not None)
+    return answers[keys.index(counts.most_common(1)[0][0])] if counts else None
 
 
 @torch.no_grad()
@@ -646,7 +643,7 @@ def evaluate(main, policy, projection, held_out, args, full):
     """held_out: (problems, prompts). `full` adds all but the mean latent. -> dict of shares of right answers
 
     zeroed, averaged and swapped show what a prompt's own latents are worth: all zero, the mean of all prompts', and
-    another prompt's. no_latents is the frozen main model alone.
+    another prompt's. no_latents is the frozen main model alone. Means are those of the first of several starts.
     """
     own = common.share(len(held_out[0]))
     problems, prompts = held_out[0][own], held_out[1][own]
@@ -676,7 +673,8 @@ def evaluate(main, policy, projection, held_out, args, full):
         return result
     k = args.eval_samples
     eps, mine = noise(len(asked), k, args, torch.Generator(args.device).manual_seed(12345))[own], asked[own]
-    drawn = [policy.sample(mine[i : i + size], eps[i : i + size])[0] for i in range(0, len(mine), size)]
+    count = max(1, size // k)
+    drawn = [policy.sample(mine[i : i + count], eps[i : i + count])[0] for i in range(0, len(mine), count)]
     correct, _, _, answers = run("sampled", torch.cat([eps[:0], *drawn]))
     votes = [vote(answers[i * k : i * k + k]) for i in range(len(problems))]
     agreed = [v is not None and common.answers_equal(v, p.answer) for v, p in zip(votes, problems, strict=True)]
@@ -690,7 +688,7 @@ def evaluate(main, policy, projection, held_out, args, full):
         "averaged": (means.mean(0, keepdim=True).expand_as(means)[own],),
         "swapped": (means.roll(1, 0)[own],),
     }
-    if held_out[0][0].form == "think":
+    if common.is_tiny(args.model):
         controls["right_note"] = right_note(main, problems, args), prompts, lambda embeddings: embeddings
     return result | {name: common.mean(run(name, *given)[0]) for name, given in controls.items()}
 
@@ -701,7 +699,7 @@ def describe(main, projection, problem, latents, text, verdict):
     if projection.kind == "words":
         shares = projection.mixture(latents)  # (T, V)
     else:
-        shares = F.normalize(projection(latents), dim=-1) @ F.normalize(projection.table, dim=-1).T  # (T, V)
+        shares = F.normalize(projection(latents), dim=-1) @ projection.table.T / projection.table.norm(dim=-1)  # (T, V)
     lines = [f"    {problem.question}"]
     for t, row in enumerate(shares):
         best = zip(*(x.tolist() for x in row.topk(4)), strict=True)
@@ -741,7 +739,9 @@ def sft_step(main, policy, projection, optimizer, stream, state, args, generator
     eps = noise(len(problems), 1, args, generator)
     own = [i for i in range(len(problems))[common.share(len(problems))] if right_solution(problems[i])]
     encode = main.tokenizer.encode
-    targets = {i: [*encode(right_solution(problems[i]), add_special_tokens=False), main.stop_ids[0]] for i in own}
+    # The token with which this model ends an answer: after a chat template, <|im_end|> and not <|endoftext|>.
+    end = main.stop_ids[0] if main.tokenizer.eos_token_id is None else main.tokenizer.eos_token_id
+    targets = {i: [*encode(right_solution(problems[i]), add_special_tokens=False), end] for i in own}
     words = int(common.all_reduce(torch.tensor(sum(map(len, targets.values())))))
     if not words:
         raise UserError("the warm-up needs solutions and this data has none: --sft_steps 0")
@@ -751,7 +751,7 @@ def sft_step(main, policy, projection, optimizer, stream, state, args, generator
         rows = own[i : i + args.micro_batch]
         z = policy.sample(asked_of(policy, [problems[j] for j in rows], args), eps[rows])[0]  # (n, 1, T, d)
         given = [prompts[j] for j in rows], projection(z[:, 0]), [targets[j] for j in rows]
-        loss, _ = solution_loss(main, *given, args)
+        loss = solution_loss(main, *given, args).sum()
         (loss / words).backward()
         total += loss.detach()
     state["step"] = step + 1
@@ -771,6 +771,8 @@ def rl_step(main, policy, projection, reference, optimizer, stream, state, args,
     """One round of sections 3 to 7 -> (log row, readable sample); advances `state`."""
     step, scale = state["step"], learning_rate(state["step"], args)
     problems, prompts = take(stream, state, args.prompts_per_step, main, args)
+    if len(problems) < common.process()[1]:
+        raise UserError(f"only {len(problems)} problems fit, and each process needs one: start fewer processes")
     eps = noise(len(problems), args.group_size, args, generator)
     dice = torch.rand(eps.shape[:2], generator=generator, device=args.device)
     own = common.share(len(problems))
@@ -792,12 +794,19 @@ def rl_step(main, policy, projection, reference, optimizer, stream, state, args,
     device = args.device
     rewarded = rewards.to(device), advantages.to(device), at(seen, chosen), right
     batch = Batch(asked, prompts, eps, z, chosen, *rewarded)
-    cost = torch.tensor([len(said.ids), sum(map(len, said.ids)), len(asked) * min(args.starts, args.group_size)])
+    passes = {"parallel": args.starts, "autoregressive": args.group_size * args.latent_steps, "prompt": 0}
+    cost = torch.tensor([len(said.ids), sum(map(len, said.ids)), len(asked) * passes[args.policy]])
     for name, number in zip(("main_decodes", "main_tokens", "assistant_passes"), common.all_reduce(cost), strict=True):
         state[name] += int(number)
     for group, peak in zip(optimizer.param_groups, (args.lr, args.lr_assistant, args.lr_value), strict=False):
         group["lr"] = peak * scale
     state["step"] = step + 1  # before the update: one that fails is not tried again
+    sample = ""
+    if args.show_every and step % args.show_every == 0:  # the most surprising success
+        n = int(advantages.flatten().argmax())
+        p, latents = n // chosen.shape[1], z[n // chosen.shape[1], chosen.flatten()[n]]  # (T, d)
+        verdict = f"reward {rewards.flatten()[n]:.1f}"
+        sample = describe(main, projection, problems[p], latents, said.texts[n], verdict)
     lengths = torch.tensor([len(ids) for ids in said.ids], dtype=torch.float)
     row = {
         "step": step,
@@ -811,18 +820,13 @@ def rl_step(main, policy, projection, reference, optimizer, stream, state, args,
         **update(main, policy, projection, reference, optimizer, batch, args),
         **{name: state[name] for name in ("main_decodes", "main_tokens", "assistant_passes")},
     }
-    if not problems:  # so few are left that another process has them
-        return row, ""
-    n = int(advantages.flatten().argmax())  # the most surprising success is shown
-    verdict = f"reward {rewards.flatten()[n]:.1f}"
-    latents = z[n // chosen.shape[1], chosen.flatten()[n]]  # (T, d)
-    return row, describe(main, projection, problems[n // chosen.shape[1]], latents, said.texts[n], verdict)
+    return row, sample
 
 
 def line(row, seconds):
     """What is printed of a step."""
     formats = {
-        "reward": ".3f", "form": ".3f", "length": ".1f", "zero_advantage": ".2f", "sigma": ".2f", "drift": ".2f",
+        "reward": ".3f", "form": ".3f", "length": ".1f", "zero_advantage": ".2f", "sigma": ".2f", "mu_rms": ".2f",
         "kl": ".3f", "contrastive": ".3f", "explained": ".2f", "cross_entropy": ".4f", "grad_norm": ".3f",
         "main_decodes": "d",
         "greedy": ".3f",
@@ -841,7 +845,7 @@ def train(end, take_step, test, run, state, args, description):
         if args.eval_every and done % args.eval_every == 0 and 0 < done < end:
             row["greedy"] = test(full=False)["greedy"]
         run.write(row, {"step": row["step"], "seconds": seconds})
-        if sample and args.show_every and row["step"] % args.show_every == 0:
+        if sample:
             tqdm.write(sample)
         tqdm.write(line(row, seconds))
     return state["step"] >= end and not (run.interrupted and end < args.steps)
@@ -869,14 +873,15 @@ def fingerprint(model):
 
 def run_controls(args, result, folder):
     """Train and print what a result of this method has to be held against: one learned prompt for all problems; no
-    filter, but only as many samples as the pre-screen decodes; GRPO on the main model itself, which decodes as often.
+    filter, but only as many samples as the pre-screen decodes; GRPO on the main model itself, which decodes as often
+    (and is asked for \\boxed{}, with no reward for the form). Those that are done already are not run again.
     """
     def flags(names):  # fmt: skip
         given = {name: getattr(args, name) for name in names} | {"ops": "-".join(map(str, args.ops))}
-        return [x for name, value in given.items() if value is not None for x in (f"--{name}", str(value))]
+        given = [x for name, value in given.items() if value is not None for x in (f"--{name}", str(value))]
+        return given + ["--gradient_checkpointing"] * args.gradient_checkpointing
 
     same = flags(sorted(vars(args).keys() - {"controls", "out", "resume", "gradient_checkpointing"}))
-    same += ["--gradient_checkpointing"] * args.gradient_checkpointing
     few = max(2, round(args.share * args.group_size))
     shared = ["model", "data", "eval_data", "kind", "seed", "device", "eval_problems", "eval_samples", "eval_every",
               "max_new_tokens", "max_prompt_tokens", "prompts_per_step"]  # fmt: skip
@@ -888,11 +893,18 @@ def run_controls(args, result, folder):
     }
     rows = {"this run": result}
     for name, (script, *given) in commands.items():
-        print(f"control {name}: python {script} {' '.join(given)}", flush=True)
-        ended = subprocess.run([sys.executable, common.HERE / script, *given, "--out", folder / name], check=False)
-        if ended.returncode:
-            raise UserError(f"the control {name} ended with code {ended.returncode}; the run itself is in {folder}")
-        rows[name] = json.loads((folder / name / "result.json").read_text())
+        path = folder / name
+        if not (path / "result.json").exists():
+            begun = (path / "checkpoint.safetensors").exists()
+            command = [script, "--resume", path] if begun else [script, *given, "--out", path]
+            print("control:", "python", *command, flush=True)
+            # Not subprocess.run: after Ctrl-C that would kill the control before it has saved itself.
+            with subprocess.Popen([sys.executable, common.HERE / command[0], *command[1:]]) as control:
+                pass
+            if control.returncode:
+                raise UserError(f"the control {name} ended with code {control.returncode}; "
+                                f"--resume {folder} --controls goes on with it")  # fmt: skip
+        rows[name] = json.loads((path / "result.json").read_text())
     rows["grpo"]["main_decodes"] = updates * args.prompts_per_step * 8
     print(f"{'':<12}  greedy  sampled  main decodes")
     for name, row in rows.items():
@@ -901,10 +913,10 @@ def run_controls(args, result, folder):
         print(f"{name:<12}  {result[name]:6.3f}".replace("greedy_", ""))
 
 
-def main(argv=None):
-    args, state = parse_args(argv)
+def run(args, state):
+    """Load, evaluate, warm up, train, evaluate -> (result, run folder); no result where it was stopped, and in all
+    processes but the first."""
     began = time.time()
-    common.start_processes(args.device)
     number, processes = common.process()
     main_lm = common.load_model(args.model, args.device)
     main_lm.model.requires_grad_(False)
@@ -941,6 +953,8 @@ def main(argv=None):
     if state:
         began -= state["seconds"]
         print(f"resuming {state['stage']} at step {state['step']} of {args.steps}")
+        if fingerprint(main_lm.model) != state["main_sha256"]:
+            raise UserError(f"{args.model} is not the main model that this run began with: its weights differ")
     else:
         state = {"step": -args.sft_steps, "position": 0, "main_decodes": 0, "main_tokens": 0, "assistant_passes": 0}
         state |= {"main_sha256": fingerprint(main_lm.model), "untrained": test()}
@@ -967,29 +981,39 @@ def main(argv=None):
                 return sft_step(main_lm, policy, projection, optimizer, stream, state, args, generator)
             return rl_step(main_lm, policy, projection, reference, optimizer, stream, state, args, generator)
 
-        with common.Run(folder, whole, optimizer, generator, state, began) as run:
-            if not train(end, take_step, test, run, state, args, stage):
+        with common.Run(folder, whole, optimizer, generator, state, began) as this:
+            if not train(end, take_step, test, this, state, args, stage):
                 print(f"stopped at step {state['step']}; continue with: python dlr.py --resume {folder}")
-                return 130
+                return None, folder
     after = test() if state["step"] else state["before"]
     if fingerprint(main_lm.model) != state["main_sha256"]:
         raise RuntimeError("the frozen main model has changed")
     if number:
-        return 0
+        return {}, folder
     say("after", after)
     start, warm, end = (x["greedy"] for x in (state["untrained"], state["before"], after))
     print(f"the warm-up gave {warm - start:+.3f}, RL {end - warm:+.3f}; the main model is unchanged, to the bit")
-    policy.assistant.save_pretrained(folder / "model")
-    assistant.tokenizer.save_pretrained(folder / "model")
     result = {"method": "dlr", "model": args.model, "seed": args.seed, "steps": args.steps}
     result |= {"seconds": time.time() - began, "main_unchanged": True}
     result |= {name: state[name] for name in ("main_decodes", "main_tokens", "assistant_passes")} | after
     result |= {f"{key}_before": value for key, value in state["before"].items()} | {"greedy_untrained": start}
     result = {key: round(value, 4) if isinstance(value, float) else value for key, value in result.items()}
     (folder / "result.json").write_text(json.dumps(result | {"args": state["args"]}) + "\n")
+    return result, folder
+
+
+def main(argv=None):
+    args, state = parse_args(argv)
+    common.start_processes(args.device)
+    result, folder = run(args, state)
+    if result is None:
+        return 130
     if args.controls:
+        if args.device == "cuda":
+            torch.cuda.empty_cache()  # the controls need the memory that this run has left
         run_controls(args, result, folder)
-    print(json.dumps(result))
+    if result:
+        print(json.dumps(result))
     return 0
 
 

@@ -25,7 +25,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: what tests 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.distributions import Independent, Normal, kl_divergence
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
@@ -435,13 +435,10 @@ THREE = torch.tensor([[[1.0, 0.0]], [[0.6, 0.8]], [[0.0, 2.0]]])  # (G, 1, 2)
 def test_contrastive_numbers():
     cross_entropy = F.cross_entropy(THREE[:, 0] @ THREE[:, 0].T, torch.arange(3), reduction="none")
     torch.testing.assert_close(cross_entropy, torch.tensor([0.712067, 1.250600, 0.103489]), atol=1e-6, rtol=0)
-    assert dlr.contrastive(THREE).item() == pytest.approx(0.688719, abs=1e-6)
-    assert dlr.contrastive(THREE, reduction="sum").item() == pytest.approx(2.066156, abs=1e-6)
-    assert dlr.contrastive(THREE, scale=2.0, normalize=True).item() == pytest.approx(0.600849, abs=1e-6)
-    assert dlr.contrastive(torch.eye(2)[:, None]).item() == pytest.approx(0.313262, abs=1e-6)
-    alike = torch.ones(8, T, D)
-    for pool in ("step", "mean", "flat"):
-        assert dlr.contrastive(alike, pool=pool).item() == pytest.approx(math.log(8), abs=1e-5)
+    assert dlr.contrastive(THREE, 1.0).item() == pytest.approx(0.688719, abs=1e-6)
+    assert dlr.contrastive(F.normalize(THREE, dim=-1), 2.0).item() == pytest.approx(0.600849, abs=1e-6)
+    assert dlr.contrastive(torch.eye(2)[:, None], 1.0).item() == pytest.approx(0.313262, abs=1e-6)
+    assert dlr.contrastive(torch.ones(8, T, D), 0.3).item() == pytest.approx(math.log(8), abs=1e-5)
 
 
 def test_contrastive_of_two_views_is_the_mean_of_both_directions():
@@ -449,24 +446,39 @@ def test_contrastive_of_two_views_is_the_mean_of_both_directions():
     scores, own = a[:, 0] @ b[:, 0].T, torch.arange(6)
     rows, columns = F.cross_entropy(scores, own), F.cross_entropy(scores.T, own)
     assert abs(rows - columns) > 1e-3
-    torch.testing.assert_close(dlr.contrastive(a, b), (rows + columns) / 2)
+    torch.testing.assert_close(dlr.contrastive(a, 1.0, b), (rows + columns) / 2)
     one_view = a[:, 0] @ a[:, 0].T  # the paper's: symmetric, so both directions are the same
     torch.testing.assert_close(F.cross_entropy(one_view, own), F.cross_entropy(one_view.T, own))
 
 
-@pytest.mark.parametrize("pool", ["step", "mean", "flat"])
-def test_contrastive_pools_and_groups(pool):
+def test_contrastive_is_step_by_step_within_groups():
     z = torch.randn(2, 6, T, D, generator=torch.Generator().manual_seed(0))
-    own, losses = torch.arange(6), []
-    for group in z:
-        pools = {"step": list(group.transpose(0, 1)), "mean": [group.mean(1)], "flat": [group.flatten(1)]}[pool]
-        losses += [F.cross_entropy(0.3 * x @ x.T, own) for x in pools]
+    own = torch.arange(6)
+    losses = [F.cross_entropy(0.3 * group[:, t] @ group[:, t].T, own) for group in z for t in range(T)]
     for order in (slice(None), [3, 1, 5, 0, 2, 4]):
-        ours = dlr.contrastive(z[:, order], scale=0.3, pool=pool)
-        torch.testing.assert_close(ours, torch.stack(losses).mean())
+        torch.testing.assert_close(dlr.contrastive(z[:, order], 0.3), torch.stack(losses).mean())
 
 
-def test_contrastive_pushes_latents_apart_and_only_through_the_noise():
+@pytest.mark.parametrize("d, sigma", [(32, 1.0), (512, 1.0), (512, 0.3)])
+def test_contrastive_is_not_saturated_at_the_start(d, sigma):
+    """With the paper's scale 1 it is exactly 0; with that of the update it is far from 0 and from log G."""
+    z = sigma * torch.randn(64, 8, d, generator=torch.Generator().manual_seed(0))
+    assert 0.5 < math.log(64) - dlr.contrastive(z, 1 / (sigma**2 * d)) < 1.1
+    if d * sigma**2 > 400:
+        assert dlr.contrastive(z, 1.0) == 0
+
+
+def test_contrastive_has_no_gradient_on_draws():
+    args = settings()
+    _, policy, _ = build(args)
+    eps = dlr.noise(3, 4, args, torch.Generator().manual_seed(0))
+    z, *_ = policy.sample(ASKED, eps)
+    assert not dlr.contrastive(z.detach(), 1.0).requires_grad
+    gradient = torch.autograd.grad(dlr.contrastive(z, 1.0), policy.log_std.bias)[0]
+    assert (gradient < 0).all()  # it raises sigma
+
+
+def test_contrastive_pushes_latents_apart():
     z = 1 + 0.05 * torch.randn(8, 1, D, generator=torch.Generator().manual_seed(0))
     z.requires_grad_()
     optimizer, apart = torch.optim.Adam([z], lr=0.05), ~torch.eye(8, dtype=torch.bool)
@@ -478,7 +490,7 @@ def test_contrastive_pushes_latents_apart_and_only_through_the_noise():
     before = cosine()
     for _ in range(100):
         optimizer.zero_grad()
-        dlr.contrastive(z, scale=0.25).backward()
+        dlr.contrastive(z, 0.25).backward()
         optimizer.step()
     assert before > 0.98 and cosine() < 0.3
 
@@ -517,18 +529,17 @@ def test_solution_loss_is_that_of_transformers():
     main, _, _ = build(args)
     targets, e = [[4, 5, 6, STOP], [7], [8, 9, STOP]], torch.randn(3, T, 16)
     ours, theirs = e.clone().requires_grad_(), e.clone().requires_grad_()
-    loss, words = dlr.solution_loss(main, PROMPTS, ours, targets, args)
-    loss.backward()
-    total = 0
+    losses = dlr.solution_loss(main, PROMPTS, ours, targets, args)
+    losses.sum().backward()
+    theirs_by_row = []
     for prompt, target, latents in zip(PROMPTS, targets, theirs, strict=True):
         words_in = main.table[torch.tensor([i for i in prompt if i != SLOT] + target)]
         n = len(prompt) - T - 2
         embeds = torch.cat([words_in[:n], latents, words_in[n:]])[None]
         labels = torch.tensor([[-100] * len(prompt) + target])
-        total = total + main.model(inputs_embeds=embeds, labels=labels).loss * len(target)
-    total.backward()
-    assert words == 8
-    torch.testing.assert_close(loss, total, atol=1e-4, rtol=1e-5)
+        theirs_by_row.append(main.model(inputs_embeds=embeds, labels=labels).loss * len(target))
+    sum(theirs_by_row).backward()
+    torch.testing.assert_close(losses, torch.stack(theirs_by_row), atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-4, rtol=1e-4)
     assert all(p.grad is None for p in main.model.parameters())
 
@@ -588,7 +599,7 @@ def test_the_whole_loss_by_hand():
             total -= min(ratio * a, max(0.8, min(1.2, ratio)) * a) / 4
         total += 0.01 * kl_divergence(now, then).mean().item() / D
         z = mu + log_std.exp() * batch.eps[i]
-        steps = [F.cross_entropy(z[:, t] @ z[:, t].T / math.sqrt(D), torch.arange(4)) for t in range(T)]
+        steps = [F.cross_entropy(z[:, t] @ z[:, t].T / (D * 0.7**2), torch.arange(4)) for t in range(T)]
         total += 0.1 * torch.stack(steps).mean().item()
     assert loss.item() == pytest.approx(total, abs=1e-5)
 
@@ -605,9 +616,8 @@ def test_cutting_into_micro_batches_and_checkpointing_change_nothing(kind, filte
         policy.zero_grad()
         policy.args = settings(**args | change)
         cut, theirs = update(main, policy, projection, batch, settings(**args | change))
-        # imitation weighs a text's words by the micro-batch's: there, cutting is not quite the same
-        assert_close_gradients(cut, whole, 1e-4 if filtered != "postfilter" else 0.2)
-        for key in ("kl", "contrastive", "sigma", "drift"):
+        assert_close_gradients(cut, whole, 1e-4)
+        for key in ("kl", "contrastive", "sigma", "mu_rms"):
             assert metrics[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-6)
 
 
@@ -682,7 +692,7 @@ def test_imitation_makes_the_right_text_likelier():
     def loss():
         mu, log_std, _ = policy(ASKED, 4)
         e = projection((mu + log_std.exp() * batch.eps)[0, 2:3])
-        return dlr.solution_loss(main, PROMPTS[:1], e, [[4, 5, STOP]], args)[0].item()
+        return dlr.solution_loss(main, PROMPTS[:1], e, [[4, 5, STOP]], args).item()
 
     before = loss()
     for _ in range(20):
@@ -723,11 +733,12 @@ def test_repeated_updates_raise_the_reward():
 
 def test_vote():
     assert dlr.vote(["1", None, "2", "2", None, None]) == "2" and dlr.vote([None, None]) is None
-    assert dlr.vote(["3", "1", "1", "3"]) == "3"
+    assert dlr.vote(["3", "1", "1", "3"]) == "3" and dlr.vote(["17", "17", "18.00", "$18", "18"]) == "18.00"
+    assert dlr.vote(["x + 1", None, "x + 1", "2"]) == "x + 1"
 
 
 def test_evaluation_gives_each_prompt_the_latents_that_it_says(monkeypatch):
-    args = settings(eval_samples=4, prompts_per_step=1, group_size=4)  # one or four prompts at once
+    args = settings(eval_samples=4, prompts_per_step=1, group_size=4, model="none")  # one or four prompts at once
     main, policy, projection = build(args)
     problems = [common.Problem(f"q{i}", str(i)) for i in range(3)]
     given, means = [], projection(policy.sample(ASKED, torch.zeros(3, 1, T, D))[0])
@@ -814,8 +825,9 @@ def test_the_right_note_is_right_and_a_wrong_one_is_not():
     assert 0.3 < accuracy(a.expand_as(notes)) < 0.7 and 0.3 < accuracy(b.expand_as(notes)) < 0.7
 
 
+# Mixed chains: half of them are right whatever the latents say, so there are advantages from the first step.
 QUICK = ["--steps", "4", "--prompts_per_step", "4", "--group_size", "4", "--eval_problems", "8", "--eval_samples", "2",
-         "--eval_every", "2", "--save_every", "2", "--show_every", "0", "--warmup", "1"]  # fmt: skip
+         "--eval_every", "2", "--save_every", "2", "--show_every", "0", "--warmup", "1", "--kind", "mixed"]  # fmt: skip
 BOTH = [*QUICK, "--sft_steps", "4", "--sft_batch", "6", "--starts", "2", "--updates_per_batch", "2"]
 
 
@@ -844,7 +856,7 @@ def test_the_warm_up_trains_everything_but_the_main_model(tmp_path, capsys, monk
     assert [row["step"] for row in rows] == list(range(-4, 4))
     assert rows[0]["cross_entropy"] > 0 and "reward" in rows[4]
     result = last_line(capsys)
-    assert result["main_unchanged"] and result["greedy_before"] != "" and "greedy_untrained" in result
+    assert result["main_unchanged"] and result["greedy_untrained"] <= 0.5
 
 
 def test_the_warm_up_lowers_the_cross_entropy(tmp_path, capsys):
@@ -866,7 +878,6 @@ def test_same_seed_same_log_and_the_contract_of_the_last_line(tmp_path, capsys):
     assert rows[-1]["main_decodes"] == 4 * 16 and rows[-1]["assistant_passes"] == 16
     assert rows[-1]["main_tokens"] == sum(round(row["length"] * 16) for row in rows)
     assert {**results[0], "seconds": 0} == {**results[1], "seconds": 0}
-    assert common.load_model(str(tmp_path / "a/model"), "cpu").table.shape == (70, 128)
     dlr.main([*QUICK, "--out", str(tmp_path / "c"), "--seed", "1"])
     assert (tmp_path / "a/log.jsonl").read_bytes() != (tmp_path / "c/log.jsonl").read_bytes()
 
@@ -874,7 +885,7 @@ def test_same_seed_same_log_and_the_contract_of_the_last_line(tmp_path, capsys):
 @pytest.mark.parametrize("how, rows", [(signal.SIGKILL, 3), (signal.SIGTERM, 1), (signal.SIGINT, 5)])
 def test_killed_and_resumed_equals_uninterrupted(tmp_path, how, rows, capsys):
     """In the warm-up and in RL, with a value head and a reference."""
-    flags = [*BOTH, "--filter", "prescreen", "--share", "0.75"]
+    flags = [*BOTH, "--filter", "prescreen", "--share", "0.75", "--group_size", "6"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     dlr.main([*flags, "--out", str(whole)])
     expected = last_line(capsys)
@@ -894,9 +905,11 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, how, rows, capsys):
     dlr.main(["--resume", str(broken)])
     resumed = last_line(capsys)
     assert log.read_bytes() == (whole / "log.jsonl").read_bytes()
-    assert (broken / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+    ours, theirs = (load_file(folder / "checkpoint.safetensors") for folder in (broken, whole))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert {**resumed, "seconds": 0} == {**expected, "seconds": 0}
-    assert rows_of(whole)[-1]["kl"] > 0 and "explained" in rows_of(whole)[-1]
+    rows = rows_of(whole)[4:]
+    assert rows[-1]["kl"] > 0 and "explained" in rows[-1] and all(row["zero_advantage"] < 1 for row in rows)
 
 
 def test_stopping_between_the_stages_loses_nothing(tmp_path, capsys, monkeypatch):
@@ -921,7 +934,8 @@ def test_stopping_between_the_stages_loses_nothing(tmp_path, capsys, monkeypatch
                                    [*QUICK, "--filter", "postfilter", "--policy", "autoregressive"]])  # fmt: skip
 def test_two_processes_are_one(flags, tmp_path, capsys):
     """Over numbers that two cannot share evenly; equal but for the order in which numbers were added."""
-    flags = [*flags, "--prompts_per_step", "3", "--eval_problems", "7", "--micro_batch", "1"]
+    flags = [*flags, "--prompts_per_step", "3", "--group_size", "6", "--eval_problems", "7", "--micro_batch", "2",
+             "--lr", "1e-4", "--lr_assistant", "1e-5", "--sft_lr", "1e-5"]  # fmt: skip
     dlr.main([*flags, "--out", str(tmp_path / "one")])
     one = last_line(capsys)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "dlr.py"]
@@ -930,7 +944,8 @@ def test_two_processes_are_one(flags, tmp_path, capsys):
     out, err = process.communicate()
     assert process.returncode == 0, err
     logs = [rows_of(tmp_path / name) for name in ("one", "two")]
-    assert len(logs[0]) == len(logs[1]) >= 4 and logs[0][-1]["grad_norm"] > 0
+    assert len(logs[0]) == len(logs[1]) >= 4
+    assert sum(row.get("zero_advantage", 1) < 1 and row["reward"] > 0 for row in logs[0]) >= 3
     for a, b in zip(*logs, strict=True):
         assert a.keys() == b.keys()
         assert all(math.isclose(a[key], b[key], rel_tol=1e-3, abs_tol=1e-5) for key in a), (a, b)
@@ -948,6 +963,8 @@ BAD_INPUTS = {  # case: (flags, what the line must mention)
     "nothing to compare": (["--filter", "prescreen", "--group_size", "4"], "--share"),
     "no latents": (["--latent_steps", "0"], "--latent_steps"),
     "sigma 0": (["--sigma", "0"], "--sigma"),
+    "sigma out of bounds": (["--sigma", "3"], "--sigma"),
+    "starts that nobody takes": (["--starts", "17"], "--starts"),
     "share 2": (["--share", "2"], "--share"),
     "unknown choice": (["--projection", "magic"], "--projection"),
     "negative": (["--contrast", "-1"], "--contrast"),
@@ -1011,13 +1028,51 @@ def test_controls(tmp_path, capfd):
                ("one_prompt", "plain_3", "grpo")}  # fmt: skip
     assert results["one_prompt"]["args"]["policy"] == "prompt" and results["one_prompt"]["main_decodes"] == 256
     assert results["plain_3"]["args"]["group_size"] == 3 and results["plain_3"]["main_decodes"] == 48
-    assert results["grpo"]["method"] == "grpo" and results["grpo"]["args"]["kind"] == "single"
+    assert results["grpo"]["method"] == "grpo" and results["grpo"]["args"]["kind"] == "mixed"
     assert results["grpo"]["steps"] * 4 * 8 == 256
     begin = next(i for i, text in enumerate(out) if "main decodes" in text)
     assert [text.split()[0] for text in out[begin + 1 : begin + 10]] == [
         "this", "one_prompt", "plain_3", "grpo", "no_latents", "zeroed", "averaged", "swapped", "untrained"
     ]  # fmt: skip
     assert json.loads(out[-1])["method"] == "dlr"
+    # Once more: the two that are done are read, the third is continued.
+    (tmp_path / "run/grpo/result.json").unlink()
+    dlr.main(["--resume", str(tmp_path / "run"), "--controls"])
+    again = capfd.readouterr().out
+    assert again.count("control: python") == 1 and "lepo.py --resume" in again
+    assert again.splitlines()[-11:-1] == out[-11:-1]
+
+
+def test_prescreened_decodes_are_counted(tmp_path, capsys):
+    dlr.main([*QUICK, "--filter", "prescreen", "--group_size", "16", "--out", str(tmp_path / "run")])
+    assert [row["main_decodes"] for row in rows_of(tmp_path / "run")] == [4 * 3 * (step + 1) for step in range(4)]
+    dlr.main([*QUICK, "--policy", "autoregressive", "--out", str(tmp_path / "auto")])
+    assert rows_of(tmp_path / "auto")[-1]["assistant_passes"] == 4 * 4 * 4 * 4  # steps, prompts, trajectories, latents
+
+
+def test_a_run_goes_on_with_its_own_main_model_only(tmp_path, capsys):
+    dlr.main([*QUICK, "--out", str(tmp_path / "run")])
+    main = common.load_model("tiny", "cpu")
+    with torch.no_grad():
+        main.head[0, 0] += 1e-3
+    main.model.save_pretrained(tmp_path / "changed")
+    main.tokenizer.save_pretrained(tmp_path / "changed")
+    path = tmp_path / "run/checkpoint.safetensors"
+    state = common.read_checkpoint_state(path)
+    state["args"]["model"] = str(tmp_path / "changed")
+    save_file(load_file(path), path, {"state": json.dumps(state)})
+    with pytest.raises(common.UserError, match="differ"):
+        dlr.main(["--resume", str(tmp_path / "run"), "--steps", "5"])
+
+
+def test_more_processes_than_problems_is_said(tmp_path, monkeypatch):
+    (tmp_path / "few.jsonl").write_text('{"question": " 1 + 1 ?", "answer": "2"}\n' * 10)
+    monkeypatch.setattr(common, "process", lambda: (0, 2))
+    args = dlr.parse_args([])[0]
+    main = SimpleNamespace(tokenizer=AutoTokenizer.from_pretrained(HERE / "tiny"))
+    stream = common.Problems([common.Problem(" 1 + 1 ?", "2", "think")], 0, 1)
+    with pytest.raises(common.UserError, match="only 1 problems"):
+        dlr.rl_step(main, None, None, None, None, stream, {"step": 0, "position": 0}, args, None)
 
 
 def test_the_default_learns(tmp_path, capsys):
