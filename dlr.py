@@ -78,7 +78,7 @@ from common import SLOT, SoftToken, UserError
 #       The tiny model needs other values, which TINY lists and `--help` shows.
 
 TINY = dict(
-    assistant="tiny", data="tiny", latent_steps=4, latent_dim=32, group_size=16, steps=60, prompts_per_step=32,
+    assistant="tiny", data="tiny", latent_steps=4, latent_dim=32, group_size=16, steps=100, prompts_per_step=32,
     max_new_tokens=40, contrast=0.01, lr=3e-3, lr_assistant=1e-3, sft_lr=1e-3, warmup=5, micro_batch=64,
     eval_problems=512, eval_every=10, show_every=20, sft_batch=64,
 )  # fmt: skip

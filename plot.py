@@ -2,6 +2,7 @@
 
     python plot.py runs/*                             # a table: mean ± std over the seeds of each group of runs
     python plot.py runs/* --figure curves.png         # and learning curves
+    python plot.py runs/* --figure curves.png --over rollouts      # over texts sampled, not over steps
 
 A run folder holds log.jsonl and result.json. Folders whose names differ only in `-seed<n>` form a group, and their runs
 must differ in nothing else.
@@ -43,7 +44,8 @@ def table(groups):
     """Markdown: a row per group, before -> after of each accuracy."""
     first = next(iter(groups.values()))[0][1]
     passes = [key for key in first if re.fullmatch(r"pass@\d+", key)]
-    keys = ["greedy", "sampled", *passes, "greedy_flexible", "greedy_no_latents", "exit_rate", "greedy_heaviest"]
+    keys = ["greedy", "sampled", *passes, "greedy_flexible", "greedy_no_latents", "exit_rate", "greedy_heaviest",
+            "zeroed", "averaged", "swapped"]  # fmt: skip
     keys = [key for key in keys if any(key in result for runs in groups.values() for _, result in runs)]
     lines = ["| runs | seeds | steps | seconds | " + " | ".join(keys) + " | length |", "|---" * (len(keys) + 5) + "|"]
     for name, runs in sorted(groups.items()):
@@ -56,8 +58,17 @@ def table(groups):
     return "\n".join(lines)
 
 
-def figure(groups, path):
-    """Two panels over steps, mean and ± one std over seeds: noise-free accuracy and the reward of the rollouts."""
+def sampled_texts(rows, result):
+    """How many texts a run had sampled after each step, 0, 1, … -> list. Steps of a stage 1 sample none."""
+    counts, batch = [0], result["args"]["prompts_per_step"] * result["args"]["group_size"]
+    for row in rows:
+        counts.append(row.get("main_decodes", counts[-1] + row.get("rollouts", batch)))
+    return counts
+
+
+def figure(groups, path, over):
+    """Two panels, mean and ± one std over seeds: noise-free accuracy and the reward of the rollouts. `over` steps or
+    rollouts."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -75,6 +86,9 @@ def figure(groups, path):
                 else:
                     values = [curve[step] for step in sorted(curve)]
                     curve = {i + 1: statistics.mean(values[max(0, i - 4) : i + 1]) for i in range(len(values))}
+                if over == "rollouts":
+                    counts = sampled_texts([row for row in rows if "reward" in row], result)
+                    curve = {counts[step]: value for step, value in curve.items() if step >= 0}
                 curves.append(curve)
             steps = sorted(set.intersection(*(set(curve) for curve in curves)))
             means = [statistics.mean(curve[s] for curve in curves) for s in steps]
@@ -83,7 +97,7 @@ def figure(groups, path):
                 stds = [statistics.stdev(curve[s] for curve in curves) for s in steps]
                 low, high = ([m + sign * s for m, s in zip(means, stds, strict=True)] for sign in (-1, 1))
                 axis.fill_between(steps, low, high, alpha=0.15)
-        axis.set(title=title, xlabel="step", ylim=(0, 1.02))
+        axis.set(title=title, xlabel=over, ylim=(0, 1.02))
         axis.grid(alpha=0.3)
     picture.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     picture.savefig(path, dpi=120)
@@ -93,13 +107,14 @@ def main(argv=None):
     parser = Parser(description="Table and figure of finished runs: mean ± std over the seeds of each group.")
     parser.add_argument("folders", nargs="+", help="run folders")
     parser.add_argument("--figure", help="picture to write, .png or .pdf")
+    parser.add_argument("--over", default="steps", choices=["steps", "rollouts"], help="of the figure [steps]")
     args = parser.parse_args(argv)
     if args.figure and Path(args.figure).suffix not in (".png", ".pdf"):
         raise UserError("--figure must end in .png or .pdf")
     groups = read_groups(args.folders)
     print(table(groups))
     if args.figure:
-        figure(groups, args.figure)
+        figure(groups, args.figure, args.over)
         print(f"wrote {args.figure}")
 
 
