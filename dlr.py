@@ -1,9 +1,9 @@
 r"""DeepLatent Reasoning, DLR (arXiv 2601.17275), end to end in one file; no other public code was found.
 
-    python dlr.py                                # a frozen tiny model on a laptop CPU, a minute
+    python dlr.py                                # a frozen tiny model on a laptop CPU, a minute and a half
     python dlr.py --controls                     # and then everything that its result must be compared with
     python dlr.py --model Qwen/Qwen2.5-1.5B-Instruct --assistant Qwen2.5-0.5B         # one GPU
-    torchrun --nproc_per_node=8 dlr.py --model Qwen/Qwen2.5-1.5B-Instruct --assistant Qwen2.5-0.5B    # eight
+    torchrun --nproc_per_node=8 dlr.py --model Qwen/Qwen2.5-1.5B-Instruct --prompts_per_step 32       # eight
 
 A large model stays as it is, to the bit. A small one, the assistant, reads the problem and writes T latents into a
 slot of the large one's prompt; the large one answers, greedily. What is explored is not the answer's words but the
@@ -522,9 +522,7 @@ class Batch:
 
     def part(self, rows):
         """The batch of some prompts (p,)."""
-        pick = rows.tolist()
-        lists = ([x[i] for i in pick] for x in (self.asked, self.prompts, self.right))
-        asked, prompts, right = lists
+        asked, prompts, right = ([x[i] for i in rows.tolist()] for x in (self.asked, self.prompts, self.right))
         tensors = (x[rows] for x in (self.eps, self.z, self.chosen, self.rewards, self.advantages, self.seen))
         return Batch(asked, prompts, *tensors, right)
 
@@ -590,8 +588,6 @@ def update(main, policy, projection, reference, optimizer, batch, args):
     for _ in range(args.updates_per_batch):
         optimizer.zero_grad()
         for i, rows in enumerate(torch.arange(len(batch.asked), device=args.device).split(args.micro_batch)):
-            if not len(rows):
-                continue
             loss, log_prob, numbers = losses(main, policy, projection, reference, batch.part(rows), old.get(i), args)
             old.setdefault(i, log_prob)
             (loss / count).backward()
@@ -828,8 +824,7 @@ def line(row, seconds):
     formats = {
         "reward": ".3f", "form": ".3f", "length": ".1f", "zero_advantage": ".2f", "sigma": ".2f", "mu_rms": ".2f",
         "kl": ".3f", "contrastive": ".3f", "explained": ".2f", "cross_entropy": ".4f", "grad_norm": ".3f",
-        "main_decodes": "d",
-        "greedy": ".3f",
+        "main_decodes": "d", "greedy": ".3f",
     }  # fmt: skip
     shown = "  ".join(f"{name} {row[name]:{how}}" for name, how in formats.items() if row.get(name) is not None)
     return f"step {row['step']:4d}  {shown}  {seconds:.2f} s"
@@ -857,9 +852,7 @@ def make_optimizer(policy, projection, args):
     groups = [[*heads, *projection.parameters()], list(policy.assistant.parameters())]
     groups += [list(policy.value.parameters())] if args.filter == "prescreen" else []
     groups = [{"params": weights} for weights in groups]
-    return torch.optim.AdamW(
-        groups, lr=args.sft_lr, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True
-    )
+    return torch.optim.AdamW(groups, lr=args.sft_lr, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True)
 
 
 def fingerprint(model):
