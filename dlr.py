@@ -47,10 +47,12 @@ What the paper leaves open or says in two ways, and what is done here:
   - *Numbers*: 55.4 on GSM8K against 46.2 for GRPO, 18 % decoded at no loss, 4.7 points from (6) on MATH, one run each,
     with a frozen Llama-2-7B. Whether the mechanism reproduces in small is measured in README, with controls.
 
-What made RL work here without a single solution is the projection. The main model of the built-in task would be steered
-by a fitting note (README), and Gaussian noise of any size in its embedding space is no note: 2 % of groups then have
-right and wrong answers. Noise projected onto mixtures of words explores ten times as well, provided that all words
-are equally likely (`Projection`).
+What made RL work here without a single solution is the projection. A fitting note would steer the main model of the
+built-in task (README), and Gaussian noise in its embedding space is hardly ever one: at sizes from .3 to 2.7 times the
+embeddings', .05 to .09 of groups have right and wrong answers, hardly more than the .07 of problems that it solves
+without. With the widest, RL finds one note, which is right for half of the problems, and hardly gets further. With
+noise projected onto mixtures of words .37 are mixed, and RL finds the other note as well, provided that all words are
+equally likely (`Projection`).
 """
 
 import copy
