@@ -279,10 +279,9 @@ class LatentPolicy(torch.nn.Module):
     def sample(self, prompts, eps):
         """Equation (1), reparameterised: eps (P, G, T, d) ~ N(0, 1), or 0 for the mean -> z and what forward gives."""
         z = torch.zeros_like(eps)
-        for t in range(eps.shape[2] if self.args.policy == "autoregressive" else 1):
+        for _ in range(eps.shape[2] if self.args.policy == "autoregressive" else 1):  # pass t finishes z_t
             mu, log_std, h = self(prompts, eps.shape[1], z)
-            fresh = mu + log_std.exp() * eps  # (P, G, T, d)
-            z = torch.cat([z[:, :, :t], fresh[:, :, t:]], 2)
+            z = mu + log_std.exp() * eps  # (P, G, T, d)
         return z, mu, log_std, h
 
 

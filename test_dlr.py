@@ -576,6 +576,24 @@ def test_the_ratio_is_exactly_1_at_the_first_pass(monkeypatch):
     assert all((ratio != 0).any() for ratio in seen[2:])
 
 
+def test_every_pass_is_compared_with_the_policy_that_sampled(monkeypatch):
+    """pi_old is not the policy of the last pass."""
+    given, made, original = [], [], dlr.losses
+
+    def losses(*inputs):
+        given.append(inputs[5])
+        made.append(original(*inputs))
+        return made[-1]
+
+    monkeypatch.setattr(dlr, "losses", losses)
+    args = settings(updates_per_batch=3)
+    main, policy, projection = build(args)
+    optimizer = torch.optim.SGD(groups_of(policy, projection), lr=0.1)
+    update(main, policy, projection, roll(policy, args), args, optimizer)
+    assert given[0] is None and all((old == made[0][1]).all() for old in given[1:])
+    assert (made[1][1] != made[0][1]).any()
+
+
 def test_the_whole_loss_by_hand():
     """Equations (4) to (6) at a policy that has moved away from the one that sampled, and from the reference."""
     args = settings(updates_per_batch=1)
@@ -840,8 +858,15 @@ def last_line(capsys):
 
 
 def test_the_warm_up_trains_everything_but_the_main_model(tmp_path, capsys, monkeypatch):
-    """Gradient routing: the warm-up reaches the projection, RL does not."""
+    """Gradient routing: the warm-up reaches the projection, RL does not, imitation of right texts included. And RL is
+    held to the policy that the warm-up leaves."""
     seen, original = [], dlr.apply_gradient
+    starts, original_step = [], dlr.rl_step
+
+    def rl_step(main, policy, projection, reference, *rest):
+        ours, theirs = policy.state_dict().values(), reference.state_dict().values()
+        starts.append([torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)])
+        return original_step(main, policy, projection, reference, *rest)
 
     def apply_gradient(policy, projection, optimizer, args):
         weight = projection.weight.grad
@@ -849,7 +874,9 @@ def test_the_warm_up_trains_everything_but_the_main_model(tmp_path, capsys, monk
         return original(policy, projection, optimizer, args)
 
     monkeypatch.setattr(dlr, "apply_gradient", apply_gradient)
-    dlr.main([*BOTH, "--contrast", "0.1", "--out", str(tmp_path / "run")])
+    monkeypatch.setattr(dlr, "rl_step", rl_step)
+    dlr.main([*BOTH, "--contrast", "0.1", "--filter", "postfilter", "--out", str(tmp_path / "run")])
+    assert all(starts[0]) and not all(starts[1])
     assert all(up > 0 and mu > 0 for up, mu in seen[:4]) and len(seen) == 4 + 8
     assert all(up is None or up == 0 for up, _ in seen[4:]) and all(mu > 0 for _, mu in seen[4:])
     rows = rows_of(tmp_path / "run")
@@ -1043,8 +1070,19 @@ def test_controls(tmp_path, capfd):
     assert again.splitlines()[-11:-1] == out[-11:-1]
 
 
-def test_prescreened_decodes_are_counted(tmp_path, capsys):
+def test_prescreened_decodes_are_counted(tmp_path, capsys, monkeypatch):
+    """And the value head learns from what it saw of those that were decoded."""
+    batches, original = [], dlr.update
+
+    def update(main, policy, projection, reference, optimizer, batch, args):
+        batches.append(batch)
+        return original(main, policy, projection, reference, optimizer, batch, args)
+
+    monkeypatch.setattr(dlr, "update", update)
     dlr.main([*QUICK, "--filter", "prescreen", "--group_size", "16", "--out", str(tmp_path / "run")])
+    for batch in batches:
+        latents = dlr.at(batch.z, batch.chosen).flatten(-2)  # (P, K, T * d)
+        assert torch.equal(batch.seen[..., : latents.shape[-1]], latents)
     assert [row["main_decodes"] for row in rows_of(tmp_path / "run")] == [4 * 3 * (step + 1) for step in range(4)]
     dlr.main([*QUICK, "--policy", "autoregressive", "--out", str(tmp_path / "auto")])
     assert rows_of(tmp_path / "auto")[-1]["assistant_passes"] == 4 * 4 * 4 * 4  # steps, prompts, trajectories, latents
