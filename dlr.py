@@ -519,7 +519,7 @@ class Batch:
     rewards: torch.Tensor  # (P, K)
     advantages: torch.Tensor  # (P, K)
     seen: torch.Tensor  # (P, K, F) by the value head; F = 0 without one
-    right: list  # per prompt, (its place among K, ids) of the first right text, or None
+    right: list  # per prompt, (its place in the group, ids) of the first right text, or None; for the postfilter
 
     def part(self, rows):
         """The batch of some prompts (p,)."""
@@ -559,7 +559,7 @@ def losses(main, policy, projection, reference, batch, old, args):
         loss = loss + guess  # `seen` is a constant: this reaches the value head and nothing else
     rows = [i for i, right in enumerate(batch.right) if right]
     if args.filter == "postfilter" and rows:
-        latents = torch.stack([fresh[i, batch.chosen[i, batch.right[i][0]]] for i in rows])  # (n, T, d)
+        latents = torch.stack([fresh[i, batch.right[i][0]] for i in rows])  # (n, T, d)
         targets = [batch.right[i][1] for i in rows]
         entropies = solution_loss(main, [batch.prompts[i] for i in rows], projection(latents), targets, args)  # (n,)
         loss = loss + args.imitate * (entropies / entropies.new_tensor([len(ids) for ids in targets])).sum()

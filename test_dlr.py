@@ -718,6 +718,37 @@ def test_imitation_makes_the_right_text_likelier():
     assert loss() < before - 0.1
 
 
+def test_what_is_imitated_is_the_first_right_text_of_the_group(tmp_path, monkeypatch):
+    """A verifier that likes the third and fourth of each group."""
+    spoken, batches, honest = [], [], dlr.update
+
+    def rewards_of(said, problems, args):
+        spoken.append(said)
+        correct = torch.full((len(problems), len(said.ids) // max(1, len(problems))), -1.0)
+        correct[:, 2:] = 1
+        return correct, correct, [None] * len(said.ids)
+
+    def update(main, policy, projection, reference, optimizer, batch, args):
+        batches.append((spoken[-1], batch))
+        return honest(main, policy, projection, reference, optimizer, batch, args)
+
+    monkeypatch.setattr(dlr, "rewards_of", rewards_of)
+    monkeypatch.setattr(dlr, "update", update)
+    dlr.main([*QUICK, "--steps", "1", "--filter", "postfilter", "--out", str(tmp_path / "run")])
+    ((said, batch),) = batches
+    assert batch.right == [(2, said.ids[4 * i + 2]) for i in range(4)]
+    assert any(said.ids[4 * i + 2] != said.ids[4 * i] for i in range(4))  # or the test could not tell
+
+
+def test_metrics_are_means_over_passes():
+    args = [settings(updates_per_batch=n, filter="prescreen", share=0.5) for n in (1, 3)]
+    (main, policy, projection), reference = build(args[0]), build(args[0], seed=1)[1].requires_grad_(False)
+    batch = roll(policy, args[0])
+    once, thrice = (update(main, policy, projection, batch, one, reference=reference)[1] for one in args)  # rate 0
+    assert once["kl"] > 0 and once["contrastive"] > 0 and once["sigma"] > 0
+    assert {name: pytest.approx(value) for name, value in once.items()} == thrice
+
+
 def test_non_finite_gradient_stops_before_the_weights_change():
     args = settings()
     main, policy, projection = build(args)
@@ -929,6 +960,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, how, rows, capsys):
     if how != signal.SIGKILL:
         assert "--resume" in output[0] and "Traceback" not in output[1]
     assert log.read_text().count("\n") < 8
+    assert common.read_checkpoint_state(f"{broken}/checkpoint.safetensors")["step"] >= rows - 5  # --save_every 2
     dlr.main(["--resume", str(broken)])
     resumed = last_line(capsys)
     assert log.read_bytes() == (whole / "log.jsonl").read_bytes()
@@ -1068,6 +1100,20 @@ def test_controls(tmp_path, capfd):
     again = capfd.readouterr().out
     assert again.count("control: python") == 1 and "lepo.py --resume" in again
     assert again.splitlines()[-11:-1] == out[-11:-1]
+
+
+def test_three_learning_rates_warm_up_and_decay(tmp_path, monkeypatch):
+    seen, original = [], dlr.apply_gradient
+
+    def apply_gradient(policy, projection, optimizer, args):
+        seen.append([group["lr"] for group in optimizer.param_groups])
+        return original(policy, projection, optimizer, args)
+
+    monkeypatch.setattr(dlr, "apply_gradient", apply_gradient)
+    dlr.main([*QUICK, "--filter", "prescreen", "--group_size", "16", "--lr", "8e-3", "--lr_assistant", "4e-3",
+              "--lr_value", "2e-3", "--warmup", "2", "--out", str(tmp_path / "run")])  # fmt: skip
+    shares = [0.5, 1, 1, 0.5]  # of the peak: 2 steps up, then (1 + cos) / 2 at 0 and half of the 2 that are left
+    assert seen == [pytest.approx([8e-3 * x, 4e-3 * x, 2e-3 * x]) for x in shares]
 
 
 def test_prescreened_decodes_are_counted(tmp_path, capsys, monkeypatch):
