@@ -1116,19 +1116,36 @@ def test_three_learning_rates_warm_up_and_decay(tmp_path, monkeypatch):
     assert seen == [pytest.approx([8e-3 * x, 4e-3 * x, 2e-3 * x]) for x in shares]
 
 
-def test_prescreened_decodes_are_counted(tmp_path, capsys, monkeypatch):
-    """And the value head learns from what it saw of those that were decoded."""
-    batches, original = [], dlr.update
+def test_what_is_decoded_and_learnt_from_is_what_the_value_head_chose(tmp_path, monkeypatch):
+    written, batches, decode, original = [], [], dlr.decode, dlr.update
 
+    def spy(main, prompts, embeddings, args):
+        written.append(embeddings)
+        return decode(main, prompts, embeddings, args)
+
+    @torch.no_grad()
     def update(main, policy, projection, reference, optimizer, batch, args):
-        batches.append(batch)
-        return original(main, policy, projection, reference, optimizer, batch, args)
+        z, _, _, h = policy.sample(batch.asked, batch.eps)
+        seen = torch.cat([z.flatten(-2), h.mean(-2)], -1)  # (P, G, F)
+        guess = policy.value(seen)[..., 0]  # (P, G)
+        batches.append((written[-1], batch, z, seen, guess, projection))
+        with torch.enable_grad():
+            return original(main, policy, projection, reference, optimizer, batch, args)
 
+    monkeypatch.setattr(dlr, "decode", spy)
     monkeypatch.setattr(dlr, "update", update)
+    dlr.main([*QUICK, "--filter", "prescreen", "--group_size", "16", "--explore", "0", "--out", str(tmp_path / "run")])
+    assert len(batches) == 4
+    for embeddings, batch, z, seen, guess, projection in batches:
+        best = guess.topk(3, 1).indices
+        assert torch.equal(batch.chosen.sort(1).values, best.sort(1).values)
+        torch.testing.assert_close(batch.seen, torch.stack([x[i] for x, i in zip(seen, batch.chosen, strict=True)]))
+        picked = torch.stack([x[i] for x, i in zip(z, batch.chosen, strict=True)])
+        torch.testing.assert_close(embeddings, projection(picked))
+
+
+def test_prescreened_decodes_are_counted(tmp_path, capsys):
     dlr.main([*QUICK, "--filter", "prescreen", "--group_size", "16", "--out", str(tmp_path / "run")])
-    for batch in batches:
-        latents = dlr.at(batch.z, batch.chosen).flatten(-2)  # (P, K, T * d)
-        assert torch.equal(batch.seen[..., : latents.shape[-1]], latents)
     assert [row["main_decodes"] for row in rows_of(tmp_path / "run")] == [4 * 3 * (step + 1) for step in range(4)]
     dlr.main([*QUICK, "--policy", "autoregressive", "--out", str(tmp_path / "auto")])
     assert rows_of(tmp_path / "auto")[-1]["assistant_passes"] == 4 * 4 * 4 * 4  # steps, prompts, trajectories, latents
