@@ -191,7 +191,7 @@ def test_sigma_at_the_start_and_its_bounds():
     torch.testing.assert_close(log_std.exp(), torch.full_like(log_std, 0.7))
     for bias, bound in ((50.0, 1.0), (-50.0, -4.0)):
         torch.nn.init.constant_(policy.log_std.bias, bias)
-        assert (policy(ASKED, 2)[1] == bound).all()
+        assert (policy(ASKED, 2)[1] == math.log(0.7) + bound).all()
 
 
 def test_words_are_mixed_and_never_left():
