@@ -1022,7 +1022,7 @@ BAD_INPUTS = {  # case: (flags, what the line must mention)
     "nothing to compare": (["--filter", "prescreen", "--group_size", "4"], "--share"),
     "no latents": (["--latent_steps", "0"], "--latent_steps"),
     "sigma 0": (["--sigma", "0"], "--sigma"),
-    "sigma out of bounds": (["--sigma", "3"], "--sigma"),
+    "sigma below 0": (["--sigma", "-1"], "--sigma"),
     "starts that nobody takes": (["--starts", "17"], "--starts"),
     "share 2": (["--share", "2"], "--share"),
     "unknown choice": (["--projection", "magic"], "--projection"),
