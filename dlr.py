@@ -50,10 +50,10 @@ What the paper leaves open or says in two ways, and what is done here:
 
 What made RL work here without a single solution is the projection. A fitting note would steer the main model of the
 built-in task (README), and Gaussian noise in its embedding space is hardly ever one: at sizes from .3 to 2.7 times the
-embeddings', .05 to .09 of groups have right and wrong answers, about the .07 of problems that it solves without.
- With the widest, RL finds one note, which is right for half of the problems, and hardly gets further. With
-noise projected onto mixtures of words .37 are mixed, and RL finds the other note as well, provided that all words are
-equally likely (`Projection`).
+embeddings', .05 to .09 of groups have right and wrong answers, about the .07 of problems that it solves without. With
+the widest, RL finds one note, which is right for half of the problems, and in 300 steps gets from there to between .54
+and .84. With noise projected onto mixtures of words .37 are mixed, and in 40 steps RL has found the other note as well,
+provided that all words are equally likely (`Projection`).
 """
 
 import copy
