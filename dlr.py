@@ -542,13 +542,16 @@ def losses(main, policy, projection, reference, batch, old, args):
     on constants it has none.
     """
     d = batch.z.shape[-1]
-    norm = {"exact": 1, "dim": d, "all": d * batch.z.shape[2]}[args.norm]
+    norm = {"exact": 1, "dim": d, "all": d * batch.z.shape[2]}[args.norm]  # N in (5)
+    # (5). The density of the stored action under the present policy; in the first pass over a batch that is pi_old.
     mu, log_std, _ = policy(batch.asked, batch.z.shape[1], batch.z)
     log_prob = at(log_density(batch.z, mu, log_std), batch.chosen)  # (p, K)
     old = log_prob.detach() if old is None else old
     gain, clipped = surrogate((log_prob - old) / norm, batch.advantages, args.clip)  # (p, K)
+    # (6) on all G, decoded or not: it needs no reward.
     fresh = mu + log_std.exp() * batch.eps  # (p, G, T, d)
     apart = contrastive(fresh, 1 / (args.sigma**2 * d)) * len(mu)
+    # (4), and the KL of (5).
     loss, kl = args.contrast * apart - gain.mean(1).sum(), torch.zeros_like(apart)
     if args.kl_coef:
         with torch.no_grad():
@@ -779,7 +782,7 @@ def rl_step(main, policy, projection, reference, optimizer, stream, state, args,
     own = common.share(len(problems))
     problems, prompts, eps = problems[own], prompts[own], eps[own]
     asked = asked_of(policy, problems, args)
-    with torch.no_grad():
+    with torch.no_grad():  # (1), what of it is decoded, and (2)
         z, _, _, h = policy.sample(asked, eps)  # (P, G, T, d), (P, G, T, h)
         chosen = torch.arange(args.group_size, device=args.device).expand(len(problems), -1)  # (P, K)
         seen = z.new_zeros(*z.shape[:2], 0)  # (P, G, F)
@@ -787,14 +790,16 @@ def rl_step(main, policy, projection, reference, optimizer, stream, state, args,
             seen = evidence(main, projection, prompts, z, h, args)
             chosen = prescreen(policy.value(seen)[..., 0], dice[own], args)
         said = decode(main, prompts, projection(at(z, chosen)), args)
+    # (3). Groups of equal rewards get advantages of 0: the surrogate learns nothing from them.
     correct, form, _ = rewards_of(said, problems, args)  # (P, K) twice, on the CPU
     rewards = correct + args.format_weight * form  # (P, K)
     advantages = group_advantages(rewards)  # (P, K)
-    first = correct.argmax(1).tolist()
+    first = correct.argmax(1).tolist()  # of each group, the first that is right, if one is
     right = [(j, said.ids[i * correct.shape[1] + j]) if correct[i, j] > 0 else None for i, j in enumerate(first)]
     device = args.device
     rewarded = rewards.to(device), advantages.to(device), at(seen, chosen), right
     batch = Batch(asked, prompts, eps, z, chosen, *rewarded)
+    # What it has cost, in rows through a model: the budget at which methods are compared.
     passes = {"parallel": args.starts, "autoregressive": args.group_size * args.latent_steps, "prompt": 0}
     cost = torch.tensor([len(said.ids), sum(map(len, said.ids)), len(asked) * passes[args.policy]])
     for name, number in zip(("main_decodes", "main_tokens", "assistant_passes"), common.all_reduce(cost), strict=True):
@@ -911,11 +916,8 @@ def run_controls(args, result, folder):
         print(f"{name:<12}  {result[name]:6.3f}".replace("greedy_", ""))
 
 
-def run(args, state):
-    """Load, evaluate, warm up, train, evaluate -> (result, run folder); no result where it was stopped, and in all
-    processes but the first."""
-    began = time.time()
-    number, processes = common.process()
+def load(args):
+    """-> frozen main model, policy, projection, and where there is a KL a copy of the policy, its pi_start"""
     main_lm = common.load_model(args.model, args.device)
     main_lm.model.requires_grad_(False)
     assistant = common.load_model(args.assistant, args.device)
@@ -924,9 +926,36 @@ def run(args, state):
     torch.manual_seed(args.seed)  # of the new weights
     policy, projection = LatentPolicy(assistant, main_lm, args), Projection(main_lm, args)
     reference = copy.deepcopy(policy).requires_grad_(False) if args.kl_coef else None
+    return main_lm, policy, projection, reference
+
+
+def say(name, scores):
+    print(f"{name:<8}" + "  ".join(f"{key} {value:.3f}" for key, value in scores.items()), flush=True)
+
+
+def conclude(args, state, after, seconds, folder):
+    """Say what warm-up and RL have given each -> result, as it is in result.json"""
+    say("after", after)
+    start, warm, end = (scores["greedy"] for scores in (state["untrained"], state["before"], after))
+    print(f"the warm-up gave {warm - start:+.3f}, RL {end - warm:+.3f}; the main model is unchanged, to the bit")
+    result = {"method": "dlr", "model": args.model, "seed": args.seed, "steps": args.steps}
+    result |= {"seconds": seconds, "main_unchanged": True}
+    result |= {name: state[name] for name in ("main_decodes", "main_tokens", "assistant_passes")} | after
+    result |= {f"{key}_before": value for key, value in state["before"].items()} | {"greedy_untrained": start}
+    result = {key: round(value, 4) if isinstance(value, float) else value for key, value in result.items()}
+    (folder / "result.json").write_text(json.dumps(result | {"args": state["args"]}) + "\n")
+    return result
+
+
+def run(args, state):
+    """Load, evaluate, warm up, train, evaluate -> (result, run folder); no result where it was stopped, and in all
+    processes but the first."""
+    began = time.time()
+    number, processes = common.process()
+    main_lm, policy, projection, reference = load(args)
     whole = torch.nn.ModuleDict({"policy": policy, "projection": projection})
     if reference:
-        whole["reference"] = reference
+        whole["reference"] = reference  # saved, too: after a warm-up it is not what the seed gives
     generator = torch.Generator(args.device).manual_seed(args.seed)
     steps = args.steps or args.sft_steps
     stream = common.load_problems(args.data, "train", args.seed, tuple(args.ops), args.kind) if steps else None
@@ -942,9 +971,6 @@ def run(args, state):
 
     def test(full=True):
         return evaluate(main_lm, policy, projection, held_out, args, full)
-
-    def say(name, result):
-        print(f"{name:<8}" + "  ".join(f"{key} {value:.3f}" for key, value in result.items()), flush=True)
 
     stages = {"warm-up": 0, "training": args.steps}  # name: its last step
     saved = state and state["stage"]
@@ -963,12 +989,12 @@ def run(args, state):
         if warming and (saved == "training" or not saved and not args.sft_steps):
             continue
         projection.requires_grad_(warming)
-        optimizer = make_optimizer(policy, projection, args)
+        optimizer = make_optimizer(policy, projection, args)  # a new one for RL: the warm-up's moments are not RL's
         if saved == stage:
             common.load_checkpoint(f"{args.resume}/checkpoint.safetensors", whole, optimizer, generator)
         elif not warming:
             if reference:
-                reference.load_state_dict(policy.state_dict())
+                reference.load_state_dict(policy.state_dict())  # pi_start is what the warm-up leaves
             state["before"] = test() if state["step"] + args.sft_steps else state["untrained"]
             if args.sft_steps:
                 say("warm", state["before"])
@@ -988,16 +1014,7 @@ def run(args, state):
         raise RuntimeError("the frozen main model has changed")
     if number:
         return {}, folder
-    say("after", after)
-    start, warm, end = (x["greedy"] for x in (state["untrained"], state["before"], after))
-    print(f"the warm-up gave {warm - start:+.3f}, RL {end - warm:+.3f}; the main model is unchanged, to the bit")
-    result = {"method": "dlr", "model": args.model, "seed": args.seed, "steps": args.steps}
-    result |= {"seconds": time.time() - began, "main_unchanged": True}
-    result |= {name: state[name] for name in ("main_decodes", "main_tokens", "assistant_passes")} | after
-    result |= {f"{key}_before": value for key, value in state["before"].items()} | {"greedy_untrained": start}
-    result = {key: round(value, 4) if isinstance(value, float) else value for key, value in result.items()}
-    (folder / "result.json").write_text(json.dumps(result | {"args": state["args"]}) + "\n")
-    return result, folder
+    return conclude(args, state, after, time.time() - began, folder), folder
 
 
 def main(argv=None):

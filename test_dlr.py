@@ -749,11 +749,12 @@ def test_metrics_are_means_over_passes():
     assert {name: pytest.approx(value) for name, value in once.items()} == thrice
 
 
-def test_non_finite_gradient_stops_before_the_weights_change():
-    args = settings()
+@pytest.mark.parametrize("where", ["advantages", "rewards"])  # of the assistant and its heads; of the value head alone
+def test_non_finite_gradient_stops_before_the_weights_change(where):
+    args = settings(filter="prescreen", share=0.5)
     main, policy, projection = build(args)
     batch = roll(policy, args)
-    batch.advantages[0, 0] = math.nan
+    getattr(batch, where)[0, 0] = math.nan
     before = dlr.fingerprint(policy)
     with pytest.raises(common.UserError, match="not finite"):
         update(main, policy, projection, batch, args, torch.optim.SGD(groups_of(policy, projection), lr=0.1))
@@ -915,6 +916,16 @@ def test_the_warm_up_trains_everything_but_the_main_model(tmp_path, capsys, monk
     assert rows[0]["cross_entropy"] > 0 and "reward" in rows[4]
     result = last_line(capsys)
     assert result["main_unchanged"] and result["greedy_untrained"] <= 0.5
+
+
+def test_what_the_warm_up_and_what_rl_is_credited_with(tmp_path, capsys):
+    counts = {"main_decodes": 5, "main_tokens": 6, "assistant_passes": 7}
+    state = counts | {"untrained": {"greedy": 0.1}, "before": {"greedy": 0.3}, "args": {"seed": 3}}
+    result = dlr.conclude(settings(model="tiny", seed=3), state, {"greedy": 0.9}, 1.5, tmp_path)
+    assert "the warm-up gave +0.200, RL +0.600;" in capsys.readouterr().out
+    assert [result[key] for key in ("greedy_untrained", "greedy_before", "greedy")] == [0.1, 0.3, 0.9]
+    assert counts.items() <= result.items()
+    assert json.loads((tmp_path / "result.json").read_text()) == result | {"args": {"seed": 3}}
 
 
 def test_the_warm_up_lowers_the_cross_entropy(tmp_path, capsys):
