@@ -918,6 +918,14 @@ def test_the_warm_up_trains_everything_but_the_main_model(tmp_path, capsys, monk
     assert result["main_unchanged"] and result["greedy_untrained"] <= 0.5
 
 
+def test_what_is_loaded_and_what_of_it_learns():
+    args = [dlr.parse_args(["--seed", str(seed), "--device", "cpu"])[0] for seed in (0, 0, 1)]
+    (main, policy, projection, reference), (_, twin, _, _), (_, other, _, _) = map(dlr.load, args)
+    assert not any(weight.requires_grad for lm in (main.model, reference) for weight in lm.parameters())
+    assert all(weight.requires_grad for lm in (policy, projection) for weight in lm.parameters())
+    assert dlr.fingerprint(policy) == dlr.fingerprint(twin) == dlr.fingerprint(reference) != dlr.fingerprint(other)
+
+
 def test_what_the_warm_up_and_what_rl_is_credited_with(tmp_path, capsys):
     counts = {"main_decodes": 5, "main_tokens": 6, "assistant_passes": 7}
     state = counts | {"untrained": {"greedy": 0.1}, "before": {"greedy": 0.3}, "args": {"seed": 3}}
