@@ -72,9 +72,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import common
+import engine
 import tiny
-from common import SLOT, SoftToken, UserError
+from engine import SLOT, SoftToken, UserError
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1.-2. Arguments. Defaults are the paper's where it gives them and the first page does not say otherwise; sizes are for
@@ -95,7 +95,7 @@ def operations(text):
 
 def build_parser():
     about = "DeepLatent Reasoning: an assistant learns to whisper to a frozen model. The file's first page explains it."
-    parser = common.Parser(usage="%(prog)s [flags]", description=about)
+    parser = engine.Parser(usage="%(prog)s [flags]", description=about)
 
     def flag(name, default, text, **options):
         tiny_too = f"; tiny: {TINY[name]}" if name in TINY else ""
@@ -178,8 +178,8 @@ def parse_args(argv=None):
     """-> (args, state of the checkpoint to resume or None). Raises UserError on values that cannot work."""
     parser = build_parser()
     first, _ = parser.parse_known_args(argv)
-    state = common.read_checkpoint_state(f"{first.resume}/checkpoint.safetensors") if first.resume else None
-    parser.set_defaults(**(state["args"] if state else TINY if common.is_tiny(first.model) else {}))
+    state = engine.read_checkpoint_state(f"{first.resume}/checkpoint.safetensors") if first.resume else None
+    parser.set_defaults(**(state["args"] if state else TINY if engine.is_tiny(first.model) else {}))
     args = parser.parse_args(argv)
     done, begun = (state["step"], state["args"]) if state else (-args.sft_steps, vars(args))
     processes = int(os.environ.get("WORLD_SIZE", 1))  # from torchrun
@@ -263,10 +263,10 @@ class LatentPolicy(torch.nn.Module):
         if auto:
             slots = slots + F.pad(self.back(z[:, :, :-1]), (0, 0, 1, 0))
         if args.policy != "prompt":
-            ids, _ = common.right_pad([prompt for prompt in prompts for _ in range(rows)], self.lm.pad_id, device)
+            ids, _ = engine.right_pad([prompt for prompt in prompts for _ in range(rows)], self.lm.pad_id, device)
             place = torch.arange(ids.shape[1], device=device)  # (L,)
-            embeds = common.embed(self.lm.table, ids, slots.flatten(0, 1))  # (P * rows, L, h)
-            hidden = common.run_body(
+            embeds = engine.embed(self.lm.table, ids, slots.flatten(0, 1))  # (P * rows, L, h)
+            hidden = engine.run_body(
                 self.lm, args.gradient_checkpointing, inputs_embeds=embeds,
                 attention_mask=(place <= place[:, None])[None, None],
             )  # (P * rows, L, h)  # fmt: skip
@@ -349,7 +349,7 @@ def encode_with_slots(tokenizer, problem, slots, whole=True):
 
 
 def greedy(logits, t, rows):
-    """common.decode's `choose`: equation (2)'s main model is deterministic."""
+    """engine.decode's `choose`: equation (2)'s main model is deterministic."""
     best = logits.argmax(-1, keepdim=True)  # (B, 1)
     one = torch.ones_like(best, dtype=torch.float32)
     return SoftToken(best, one, torch.zeros_like(one))
@@ -367,7 +367,7 @@ class Said:
 def decode(main, prompts, embeddings, args):
     """P prompts with T slots, embeddings (P, K, T, D) -> Said. With T = 0 no slot is filled."""
     rows = [prompt for prompt in prompts for _ in range(embeddings.shape[1])]
-    roll = common.decode(main, rows, 1, args.max_new_tokens, greedy, embeddings.flatten(0, 1))
+    roll = engine.decode(main, rows, 1, args.max_new_tokens, greedy, embeddings.flatten(0, 1))
     ids = [row[:n] for row, n in zip(roll.heaviest().tolist(), roll.length.tolist(), strict=True)]
     texts = main.tokenizer.batch_decode(ids, skip_special_tokens=True) if ids else []
     return Said(ids, texts, roll.stopped.tolist())
@@ -391,8 +391,8 @@ def read_answer(text, problem):
     found = re.fullmatch(r"\s*<think>.*</think>\s*<answer>(.*)</answer>\s*", text, re.DOTALL)
     inside = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
     valid = found is not None and len(tags) == 4 and bool(found.group(1).strip())
-    numbers = common.NUMBER.findall(text)
-    answer = inside[-1].strip() if inside else common.last_boxed(text) or (numbers[-1] if numbers else None)
+    numbers = engine.NUMBER.findall(text)
+    answer = inside[-1].strip() if inside else engine.last_boxed(text) or (numbers[-1] if numbers else None)
     return answer or None, valid
 
 
@@ -403,7 +403,7 @@ def rewards_of(said, problems, args):
     for n, (text, stopped) in enumerate(zip(said.texts, said.stopped, strict=True)):
         problem = problems[n // group]
         answer, valid = read_answer(text, problem)
-        right = answer is not None and common.answers_equal(answer, problem.answer)
+        right = answer is not None and engine.answers_equal(answer, problem.answer)
         answers.append(answer)
         rewards.append((2.0 * right - 1, 2.0 * (valid and stopped) - 1))
     correct, form = torch.tensor(rewards).reshape(-1, 2).T.reshape(2, len(problems), group)
@@ -432,10 +432,10 @@ def evidence(main, projection, prompts, z, h, args):
     if args.screen_sees == "latents":
         return torch.cat([z.flatten(-2), h.mean(-2)], -1)
     rows = [prompt for prompt in prompts for _ in range(z.shape[1])]
-    ids, length = common.right_pad(rows, main.pad_id, z.device)  # (N, L), (N,)
+    ids, length = engine.right_pad(rows, main.pad_id, z.device)  # (N, L), (N,)
     place = torch.arange(ids.shape[1], device=z.device)  # (L,)
-    hidden = common.run_body(
-        main, False, inputs_embeds=common.embed(main.table, ids, projection(z).flatten(0, 1)),
+    hidden = engine.run_body(
+        main, False, inputs_embeds=engine.embed(main.table, ids, projection(z).flatten(0, 1)),
         attention_mask=(place <= place[:, None])[None, None],
     )  # (N, L, D)  # fmt: skip
     return hidden[torch.arange(len(ids)), length - 1].float().view(*z.shape[:2], -1)
@@ -492,16 +492,16 @@ def solution_loss(main, prompts, embeddings, targets, args):
     """Cross-entropies (N,) of target texts, lists of ids, summed over each text, given prompts whose slots hold
     embeddings (N, T, D), which the gradient reaches through the frozen main model."""
     device = embeddings.device
-    ids, _ = common.right_pad([p + t for p, t in zip(prompts, targets, strict=True)], main.pad_id, device)  # (N, L)
+    ids, _ = engine.right_pad([p + t for p, t in zip(prompts, targets, strict=True)], main.pad_id, device)  # (N, L)
     place = torch.arange(ids.shape[1], device=device)  # (L,)
-    hidden = common.run_body(
-        main, args.gradient_checkpointing, inputs_embeds=common.embed(main.table, ids, embeddings),
+    hidden = engine.run_body(
+        main, args.gradient_checkpointing, inputs_embeds=engine.embed(main.table, ids, embeddings),
         attention_mask=(place <= place[:, None])[None, None],
     )  # (N, L, D)  # fmt: skip
     begin = torch.tensor([len(prompt) for prompt in prompts], device=device)[:, None]  # (N, 1)
     end = begin + torch.tensor([len(target) for target in targets], device=device)[:, None]  # (N, 1)
     learnt = (place >= begin) & (place < end)  # (N, L)
-    log_p = common.candidate_log_probs(main, hidden[:, :-1][learnt[:, 1:]], ids[learnt][:, None], 1.0)  # (M, 1)
+    log_p = engine.candidate_log_probs(main, hidden[:, :-1][learnt[:, 1:]], ids[learnt][:, None], 1.0)  # (M, 1)
     return log_p.new_zeros(len(ids)).index_add(0, learnt.nonzero()[:, 0], -log_p[:, 0])
 
 
@@ -578,7 +578,7 @@ def apply_gradient(policy, projection, optimizer, args):
     projection), of the assistant, of the value head, which is not clipped. UserError, before the step, when one is not
     finite."""
     for module in (policy, projection):
-        common.reduce_gradients(module)
+        engine.reduce_gradients(module)
     bounds = args.grad_clip, args.grad_clip, math.inf
     groups = zip(optimizer.param_groups, bounds, strict=False)
     norms = [torch.nn.utils.clip_grad_norm_(group["params"], bound).item() for group, bound in groups]
@@ -591,7 +591,7 @@ def apply_gradient(policy, projection, optimizer, args):
 
 def update(main, policy, projection, reference, optimizer, batch, args):
     """`updates_per_batch` optimiser steps on one batch -> metrics"""
-    count = int(common.all_reduce(torch.tensor(len(batch.asked))))  # prompts of all processes
+    count = int(engine.all_reduce(torch.tensor(len(batch.asked))))  # prompts of all processes
     old, sums = {}, torch.zeros(6, device=args.device)
     for _ in range(args.updates_per_batch):
         optimizer.zero_grad()
@@ -601,12 +601,12 @@ def update(main, policy, projection, reference, optimizer, batch, args):
             (loss / count).backward()
             sums += numbers
         norms = apply_gradient(policy, projection, optimizer, args)
-    clipped, kl, apart, guess, sigma, mu_rms = (common.all_reduce(sums) / count / args.updates_per_batch).tolist()
+    clipped, kl, apart, guess, sigma, mu_rms = (engine.all_reduce(sums) / count / args.updates_per_batch).tolist()
     metrics = {"grad_norm": norms[0], "grad_norm_assistant": norms[1], "clipped": clipped, "kl": kl}
     metrics |= {"contrastive": apart, "sigma": sigma, "mu_rms": math.sqrt(mu_rms)}
     if args.filter == "prescreen":
         moments = torch.stack([batch.rewards.mean(1).sum(), batch.rewards.square().mean(1).sum()])
-        first, second = (common.all_reduce(moments) / count).tolist()
+        first, second = (engine.all_reduce(moments) / count).tolist()
         metrics["explained"] = 1 - guess / (second - first**2) if second > first**2 else None
     return metrics
 
@@ -636,7 +636,7 @@ def right_note(main, problems, args):
 
 def vote(answers):
     """The most frequent answer, the earliest of equals; None where nobody has one. Numbers count as numbers."""
-    numbers = [common.to_number(answer) if answer is not None else None for answer in answers]
+    numbers = [engine.to_number(answer) if answer is not None else None for answer in answers]
     keys = [a if n is None else n for a, n in zip(answers, numbers, strict=True)]
     counts = Counter(key for key in keys if key is not None)
     return answers[keys.index(counts.most_common(1)[0][0])] if counts else None
@@ -649,14 +649,14 @@ def evaluate(main, policy, projection, held_out, args, full):
     zeroed, averaged and swapped show what a prompt's own latents are worth: all zero, the mean of all prompts', and
     another prompt's. no_latents is the frozen main model alone. Means are those of the first of several starts.
     """
-    own = common.share(len(held_out[0]))
+    own = engine.share(len(held_out[0]))
     problems, prompts = held_out[0][own], held_out[1][own]
     size = max(1, args.prompts_per_step * decoded(args))  # rows of a training rollout: what fits there fits here
 
     def run(name, z, prompts=prompts, embed=projection):
         """Latents (P, K, T, d) -> right, formed (P, K), length (P * K,), answers"""
         parts, count = [], max(1, size // z.shape[1])  # prompts at once
-        for i in common.progress(range(0, len(problems), count), desc=f"evaluating: {name}", leave=False):
+        for i in engine.progress(range(0, len(problems), count), desc=f"evaluating: {name}", leave=False):
             part = slice(i, i + count)
             said = decode(main, prompts[part], embed(z[part]), args)
             lengths = torch.tensor([len(ids) for ids in said.ids], dtype=torch.float)
@@ -672,7 +672,7 @@ def evaluate(main, policy, projection, held_out, args, full):
     # Means for the problems of all processes: another prompt's may be another process's.
     means = torch.cat([policy.sample(asked[i : i + size], zero[i : i + size])[0] for i in range(0, len(asked), size)])
     correct, form, lengths, _ = run("mean latent", means[own])
-    result = {"greedy": common.mean(correct), "form": common.mean(form), "length": common.mean(lengths)}
+    result = {"greedy": engine.mean(correct), "form": engine.mean(form), "length": engine.mean(lengths)}
     if not full:
         return result
     k = args.eval_samples
@@ -681,10 +681,10 @@ def evaluate(main, policy, projection, held_out, args, full):
     drawn = [policy.sample(mine[i : i + count], eps[i : i + count])[0] for i in range(0, len(mine), count)]
     correct, _, _, answers = run("sampled", torch.cat([eps[:0], *drawn]))
     votes = [vote(answers[i * k : i * k + k]) for i in range(len(problems))]
-    agreed = [v is not None and common.answers_equal(v, p.answer) for v, p in zip(votes, problems, strict=True)]
-    passed = [common.pass_at_k(k, int(c), k) for c in correct.sum(1)]
-    result |= {"sampled": common.mean(correct), f"majority@{k}": common.mean(torch.tensor(agreed, dtype=torch.float))}
-    result |= {f"pass@{k}": common.mean(torch.tensor(passed))}
+    agreed = [v is not None and engine.answers_equal(v, p.answer) for v, p in zip(votes, problems, strict=True)]
+    passed = [engine.pass_at_k(k, int(c), k) for c in correct.sum(1)]
+    result |= {"sampled": engine.mean(correct), f"majority@{k}": engine.mean(torch.tensor(agreed, dtype=torch.float))}
+    result |= {f"pass@{k}": engine.mean(torch.tensor(passed))}
     bare = [[token for token in prompt if token != SLOT] for prompt in prompts]
     controls = {
         "no_latents": (means[own][:, :, :0], bare),
@@ -692,9 +692,9 @@ def evaluate(main, policy, projection, held_out, args, full):
         "averaged": (means.mean(0, keepdim=True).expand_as(means)[own],),
         "swapped": (means.roll(1, 0)[own],),
     }
-    if common.is_tiny(args.model):
+    if engine.is_tiny(args.model):
         controls["right_note"] = right_note(main, problems, args), prompts, lambda embeddings: embeddings
-    return result | {name: common.mean(run(name, *given)[0]) for name, given in controls.items()}
+    return result | {name: engine.mean(run(name, *given)[0]) for name, given in controls.items()}
 
 
 def describe(main, projection, problem, latents, text, verdict):
@@ -729,7 +729,7 @@ def right_solution(problem):
 
 def take(stream, state, count, main, args):
     """The next problems and the main model's prompts; advances the position in `state`."""
-    problems, prompts, state["position"] = common.take(
+    problems, prompts, state["position"] = engine.take(
         stream, state["position"], count, main.tokenizer, args.max_prompt_tokens, args.latent_steps,
         encode=encode_with_slots,
     )  # fmt: skip
@@ -741,12 +741,12 @@ def sft_step(main, policy, projection, optimizer, stream, state, args, generator
     step = state["step"]
     problems, prompts = take(stream, state, args.sft_batch, main, args)
     eps = noise(len(problems), 1, args, generator)
-    own = [i for i in range(len(problems))[common.share(len(problems))] if right_solution(problems[i])]
+    own = [i for i in range(len(problems))[engine.share(len(problems))] if right_solution(problems[i])]
     encode = main.tokenizer.encode
     # The token with which this model ends an answer: after a chat template, <|im_end|> and not <|endoftext|>.
     end = main.stop_ids[0] if main.tokenizer.eos_token_id is None else main.tokenizer.eos_token_id
     targets = {i: [*encode(right_solution(problems[i]), add_special_tokens=False), end] for i in own}
-    words = int(common.all_reduce(torch.tensor(sum(map(len, targets.values())))))
+    words = int(engine.all_reduce(torch.tensor(sum(map(len, targets.values())))))
     if not words:
         raise UserError("the warm-up needs solutions and this data has none: --sft_steps 0")
     optimizer.zero_grad()
@@ -760,7 +760,7 @@ def sft_step(main, policy, projection, optimizer, stream, state, args, generator
         total += loss.detach()
     state["step"] = step + 1
     norms = apply_gradient(policy, projection, optimizer, args)
-    row = {"step": step, "cross_entropy": common.all_reduce(total).item() / words}
+    row = {"step": step, "cross_entropy": engine.all_reduce(total).item() / words}
     return row | {"grad_norm": norms[0], "grad_norm_assistant": norms[1], "lr": args.sft_lr}, ""
 
 
@@ -775,11 +775,11 @@ def rl_step(main, policy, projection, reference, optimizer, stream, state, args,
     """One round of sections 3 to 7 -> (log row, readable sample); advances `state`."""
     step, scale = state["step"], learning_rate(state["step"], args)
     problems, prompts = take(stream, state, args.prompts_per_step, main, args)
-    if len(problems) < common.process()[1]:
+    if len(problems) < engine.process()[1]:
         raise UserError(f"only {len(problems)} problems fit, and each process needs one: start fewer processes")
     eps = noise(len(problems), args.group_size, args, generator)
     dice = torch.rand(eps.shape[:2], generator=generator, device=args.device)
-    own = common.share(len(problems))
+    own = engine.share(len(problems))
     problems, prompts, eps = problems[own], prompts[own], eps[own]
     asked = asked_of(policy, problems, args)
     with torch.no_grad():  # (1), what of it is decoded, and (2)
@@ -802,7 +802,7 @@ def rl_step(main, policy, projection, reference, optimizer, stream, state, args,
     # What it has cost, in rows through a model: the budget at which methods are compared.
     passes = {"parallel": args.starts, "autoregressive": args.group_size * args.latent_steps, "prompt": 0}
     cost = torch.tensor([len(said.ids), sum(map(len, said.ids)), len(asked) * passes[args.policy]])
-    for name, number in zip(("main_decodes", "main_tokens", "assistant_passes"), common.all_reduce(cost), strict=True):
+    for name, number in zip(("main_decodes", "main_tokens", "assistant_passes"), engine.all_reduce(cost), strict=True):
         state[name] += int(number)
     for group, peak in zip(optimizer.param_groups, (args.lr, args.lr_assistant, args.lr_value), strict=False):
         group["lr"] = peak * scale
@@ -816,12 +816,12 @@ def rl_step(main, policy, projection, reference, optimizer, stream, state, args,
     lengths = torch.tensor([len(ids) for ids in said.ids], dtype=torch.float)
     row = {
         "step": step,
-        "reward": common.mean((correct > 0).float()),
-        "form": common.mean((form > 0).float()),
-        "length": common.mean(lengths),
-        "stopped": common.mean(torch.tensor(said.stopped, dtype=torch.float)),
-        "zero_advantage": common.mean((advantages == 0).float()),
-        "mixed_groups": common.mean((correct.amax(1) > correct.amin(1)).float()),
+        "reward": engine.mean((correct > 0).float()),
+        "form": engine.mean((form > 0).float()),
+        "length": engine.mean(lengths),
+        "stopped": engine.mean(torch.tensor(said.stopped, dtype=torch.float)),
+        "zero_advantage": engine.mean((advantages == 0).float()),
+        "mixed_groups": engine.mean((correct.amax(1) > correct.amin(1)).float()),
         "lr": args.lr * scale,
         **update(main, policy, projection, reference, optimizer, batch, args),
         **{name: state[name] for name in ("main_decodes", "main_tokens", "assistant_passes")},
@@ -902,7 +902,7 @@ def run_controls(args, result, folder):
             command = [script, "--resume", path] if begun else [script, *given, "--out", path]
             print("control:", "python", *command, flush=True)
             # Not subprocess.run: after Ctrl-C that would kill the control before it has saved itself.
-            with subprocess.Popen([sys.executable, common.HERE / command[0], *command[1:]]) as control:
+            with subprocess.Popen([sys.executable, engine.HERE / command[0], *command[1:]]) as control:
                 pass
             if control.returncode:
                 raise UserError(f"the control {name} ended with code {control.returncode}; "
@@ -918,9 +918,9 @@ def run_controls(args, result, folder):
 
 def load(args):
     """-> frozen main model, policy, projection, and where there is a KL a copy of the policy, its pi_start"""
-    main_lm = common.load_model(args.model, args.device)
+    main_lm = engine.load_model(args.model, args.device)
     main_lm.model.requires_grad_(False)
-    assistant = common.load_model(args.assistant, args.device)
+    assistant = engine.load_model(args.assistant, args.device)
     if args.projection == "identity":
         args.latent_dim = main_lm.table.shape[1]
     torch.manual_seed(args.seed)  # of the new weights
@@ -951,19 +951,19 @@ def run(args, state):
     """Load, evaluate, warm up, train, evaluate -> (result, run folder); no result where it was stopped, and in all
     processes but the first."""
     began = time.time()
-    number, processes = common.process()
+    number, processes = engine.process()
     main_lm, policy, projection, reference = load(args)
     whole = torch.nn.ModuleDict({"policy": policy, "projection": projection})
     if reference:
         whole["reference"] = reference  # saved, too: after a warm-up it is not what the seed gives
     generator = torch.Generator(args.device).manual_seed(args.seed)
     steps = args.steps or args.sft_steps
-    stream = common.load_problems(args.data, "train", args.seed, tuple(args.ops), args.kind) if steps else None
-    test_set = common.load_problems(args.eval_data or args.data, "test", 0, tuple(args.ops), args.kind)
+    stream = engine.load_problems(args.data, "train", args.seed, tuple(args.ops), args.kind) if steps else None
+    test_set = engine.load_problems(args.eval_data or args.data, "test", 0, tuple(args.ops), args.kind)
     held_out = take(test_set, {"position": 0}, args.eval_problems, main_lm, args)
 
-    name = f"dlr-{common.Path(args.model).name}-seed{args.seed}"
-    folder = common.Path(args.resume) if args.resume else common.open_run(args.out, name) if number == 0 else None
+    name = f"dlr-{engine.Path(args.model).name}-seed{args.seed}"
+    folder = engine.Path(args.resume) if args.resume else engine.open_run(args.out, name) if number == 0 else None
     sizes = [f"{sum(p.numel() for p in module.parameters()):,}" for module in (main_lm.model, policy)]
     devices = f"{processes} x {args.device}" if processes > 1 else args.device
     print(f"{args.model}: {sizes[0]} frozen parameters, {args.assistant}: {sizes[1]} trained, on {devices}")
@@ -991,7 +991,7 @@ def run(args, state):
         projection.requires_grad_(warming)
         optimizer = make_optimizer(policy, projection, args)  # a new one for RL: the warm-up's moments are not RL's
         if saved == stage:
-            common.load_checkpoint(f"{args.resume}/checkpoint.safetensors", whole, optimizer, generator)
+            engine.load_checkpoint(f"{args.resume}/checkpoint.safetensors", whole, optimizer, generator)
         elif not warming:
             if reference:
                 reference.load_state_dict(policy.state_dict())  # pi_start is what the warm-up leaves
@@ -1005,7 +1005,7 @@ def run(args, state):
                 return sft_step(main_lm, policy, projection, optimizer, stream, state, args, generator)
             return rl_step(main_lm, policy, projection, reference, optimizer, stream, state, args, generator)
 
-        with common.Run(folder, whole, optimizer, generator, state, began) as this:
+        with engine.Run(folder, whole, optimizer, generator, state, began) as this:
             if not train(end, take_step, test, this, state, args, stage):
                 print(f"stopped at step {state['step']}; continue with: python dlr.py --resume {folder}")
                 return None, folder
@@ -1019,7 +1019,7 @@ def run(args, state):
 
 def main(argv=None):
     args, state = parse_args(argv)
-    common.start_processes(args.device)
+    engine.start_processes(args.device)
     result, folder = run(args, state)
     if result is None:
         return 130
@@ -1033,4 +1033,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    common.run_main(main)
+    engine.run_main(main)

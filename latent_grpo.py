@@ -83,8 +83,8 @@ from dataclasses import replace
 import torch
 from tqdm import tqdm
 
-import common
-from common import SoftToken, UserError
+import engine
+from engine import SoftToken, UserError
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1.-2. Arguments.
@@ -124,7 +124,7 @@ def sizes(text):
 
 def build_parser():
     about = "Latent-GRPO: latent SFT initialisation, then RL. The first page of the file explains both."
-    parser = common.Parser(usage="%(prog)s [flags]", description=about)
+    parser = engine.Parser(usage="%(prog)s [flags]", description=about)
 
     def flag(name, default, text, **options):
         tiny_too = f"; tiny: {TINY[name]}" if name in TINY else ""
@@ -214,7 +214,7 @@ def build_parser():
 def is_latent_model(name):
     """A model that this script has saved, which says so in its config: stage 1 is behind it."""
     try:
-        return "thinks_in_latents" in json.loads((common.Path(common.resolve_model(name)) / "config.json").read_text())
+        return "thinks_in_latents" in json.loads((engine.Path(engine.resolve_model(name)) / "config.json").read_text())
     except (OSError, ValueError):
         return False
 
@@ -223,8 +223,8 @@ def parse_args(argv=None):
     """-> (args, state of the checkpoint to resume or None). Raises UserError on values that cannot work."""
     parser = build_parser()
     first, _ = parser.parse_known_args(argv)
-    state = common.read_checkpoint_state(f"{first.resume}/checkpoint.safetensors") if first.resume else None
-    defaults = TINY if common.is_tiny(first.model) else {}
+    state = engine.read_checkpoint_state(f"{first.resume}/checkpoint.safetensors") if first.resume else None
+    defaults = TINY if engine.is_tiny(first.model) else {}
     defaults = defaults | ({"sft_steps": 0} if is_latent_model(first.model) else {}) | PRESETS.get(first.preset, {})
     parser.set_defaults(**(state["args"] if state else defaults))
     args = parser.parse_args(argv)
@@ -330,9 +330,9 @@ def soft_or_hard(soft, hard, is_soft):
 
 
 def rollout(lm, prompts, group_size, args, generator, noisy=True):
-    """group_size trajectories for each of P prompts -> common.Rollout with N = P * group_size rows. Of several
+    """group_size trajectories for each of P prompts -> engine.Rollout with N = P * group_size rows. Of several
     processes, each takes its share of the prompts."""
-    own, total, steps = common.share(len(prompts)), len(prompts) * group_size, 0
+    own, total, steps = engine.share(len(prompts)), len(prompts) * group_size, 0
     thinking = torch.ones(len(prompts[own]) * group_size, dtype=torch.bool, device=args.device)  # (N,)
 
     def choose(logits, t, rows):
@@ -351,8 +351,8 @@ def rollout(lm, prompts, group_size, args, generator, noisy=True):
         thinking[rows] &= ~exits
         return soft_or_hard(soft, torch.where(exits, args.exit_id, written), thinking[rows])
 
-    roll = common.decode(lm, prompts[own], group_size, args.max_new_tokens, choose)
-    common.synchronise(generator, steps)
+    roll = engine.decode(lm, prompts[own], group_size, args.max_new_tokens, choose)
+    engine.synchronise(generator, steps)
     return roll
 
 
@@ -382,7 +382,7 @@ def join(parts):
             roll.length[rows], roll.stopped[rows],
         ])  # fmt: skip
     prompts = [roll.prompts[i] for roll, groups in parts for i in groups.tolist()]
-    return common.Rollout(prompts, parts[0][0].group_size, *map(torch.cat, zip(*columns, strict=True)))
+    return engine.Rollout(prompts, parts[0][0].group_size, *map(torch.cat, zip(*columns, strict=True)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -399,7 +399,7 @@ def texts_of(lm, roll, args):
 
 def score(texts, problems, group_size):
     """(strict, flexible) rewards (P, G) of N = P * G texts, on the CPU."""
-    pairs = [common.verify(text, problems[n // group_size]) for n, text in enumerate(texts)]
+    pairs = [engine.verify(text, problems[n // group_size]) for n, text in enumerate(texts)]
     return torch.tensor(pairs).reshape(-1, 2).T.reshape(2, len(problems), group_size)
 
 
@@ -471,10 +471,10 @@ def trajectory_log_probs(lm, roll, rows, hidden, advantages, args):
     latent = is_latent(roll)[rows, :steps]  # (B, T)
     written = roll.mask()[rows, :steps] & ~latent  # (B, T)
     ids, weights, scores = (x[rows, :steps][latent] for x in (roll.ids, roll.weights, roll.scores))  # (M, K)
-    log_p = common.candidate_log_probs(lm, hidden[latent], ids, 1.0)  # (M, K)
+    log_p = engine.candidate_log_probs(lm, hidden[latent], ids, 1.0)  # (M, K)
     thoughts = latent_log_prob(log_p, weights, scores, advantages[:, :steps][latent], args)  # (M,)
     ids = roll.ids[rows, :steps, :1][written]  # (W, 1)
-    words = common.candidate_log_probs(lm, hidden[written], ids, args.temperature).squeeze(-1)  # (W,)
+    words = engine.candidate_log_probs(lm, hidden[written], ids, args.temperature).squeeze(-1)  # (W,)
     log_probs = words.new_zeros(latent.shape).masked_scatter(latent, thoughts).masked_scatter(written, words)
     return log_probs, (scores - log_p).detach()
 
@@ -502,14 +502,14 @@ def clipped_gain(log_probs, old_log_probs, advantages, clip, dual_clip):
 def current_log_probs(lm, roll, advantages, args):
     """Log-probabilities (N, T) under the policy as it is now."""
     log_probs = torch.zeros(roll.ids.shape[:2], device=roll.ids.device)
-    for rows, hidden in common.replays(lm, roll, torch.arange(len(roll.ids)), args.micro_batch):
+    for rows, hidden in engine.replays(lm, roll, torch.arange(len(roll.ids)), args.micro_batch):
         log_probs[rows, : hidden.shape[1]] = trajectory_log_probs(lm, roll, rows, hidden, advantages[rows], args)[0]
     return log_probs
 
 
 def apply_gradient(model, optimizer, lr, args):
     """An optimiser step -> gradient norm; UserError, before anything changes, when it is not finite."""
-    common.reduce_gradients(model)
+    engine.reduce_gradients(model)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip).item()
     if not math.isfinite(norm):
         raise UserError("the gradient is not finite and was not applied; the run is saved: --resume it, "
@@ -529,7 +529,7 @@ def update(lm, start, optimizer, roll, places, advantages, old_log_probs, lr, ar
     needs them. Raises UserError, before it is applied, when a gradient is not finite.
     """
     mask, group = roll.mask(), places.repeat_interleave(roll.group_size)  # (N, T), (N,)
-    groups = int(common.all_reduce(torch.tensor(len(places))))
+    groups = int(engine.all_reduce(torch.tensor(len(places))))
     latent, teaches = is_latent(roll), advantages.any(1).cpu() | bool(args.kl_coef)  # (N, T), (N,)
     # Of clipped steps, used steps, KL, surprise, written steps, margins, their negatives, their number; summed.
     sums, grad_norm = torch.zeros(8, device=advantages.device), 0.0
@@ -537,13 +537,13 @@ def update(lm, start, optimizer, roll, places, advantages, old_log_probs, lr, ar
         inside = torch.isin(group, part)  # (N,)
         rows = (inside & teaches).nonzero().squeeze(-1)  # (M,)
         counts = torch.tensor([int(roll.length[inside].sum()), int(inside.sum()), len(rows)])
-        steps, rollouts, used = common.all_reduce(counts).tolist()  # whatever process executed them
+        steps, rollouts, used = engine.all_reduce(counts).tolist()  # whatever process executed them
         if not used:
             continue
         weight = 1 / (roll.length * rollouts if args.loss_mean == "rollouts" else torch.full_like(roll.length, steps))
         optimizer.zero_grad()
-        replays = common.replays(lm, roll, rows, args.micro_batch, args.gradient_checkpointing)
-        at_start = common.replays(start, roll, rows, args.micro_batch) if args.kl_coef else itertools.repeat((0, 0))
+        replays = engine.replays(lm, roll, rows, args.micro_batch, args.gradient_checkpointing)
+        at_start = engine.replays(start, roll, rows, args.micro_batch) if args.kl_coef else itertools.repeat((0, 0))
         for (micro, hidden), (_, start_hidden) in zip(replays, at_start, strict=False):
             count, mine = hidden.shape[1], advantages[micro]  # mine (B, T)
             log_probs, margins = trajectory_log_probs(lm, roll, micro, hidden, mine, args)  # (B, T), (L, K)
@@ -564,7 +564,7 @@ def update(lm, start, optimizer, roll, places, advantages, old_log_probs, lr, ar
                        torch.ones_like(margins)]  # fmt: skip
             sums += torch.stack([number.detach().sum().float() for number in numbers])
         grad_norm = apply_gradient(lm.model, optimizer, lr, args)
-    clipped, valid, kl, surprise, written, margin, negative, count = common.all_reduce(sums).tolist()
+    clipped, valid, kl, surprise, written, margin, negative, count = engine.all_reduce(sums).tolist()
 
     def ratio(total, count):
         return total / count if count else None
@@ -607,7 +607,7 @@ def answer_again(lm, roll, how, args):
         return soft_or_hard(thought, word, t < count[rows])
 
     prompts = [roll.prompts[n // roll.group_size] for n in range(len(count))]
-    return common.decode(lm, prompts, 1, args.max_new_tokens, choose)
+    return engine.decode(lm, prompts, 1, args.max_new_tokens, choose)
 
 
 def evaluate(lm, held_out, args, full):
@@ -618,10 +618,10 @@ def evaluate(lm, held_out, args, full):
     def run(name, group_size, noisy, ablations=()):
         # As many rows at once as a training rollout has: a KV cache that fits there fits here.
         size, parts = max(1, args.prompts_per_step * args.group_size // group_size), []
-        for i in common.progress(range(0, len(prompts), size), desc=f"evaluating: {name}", leave=False):
+        for i in engine.progress(range(0, len(prompts), size), desc=f"evaluating: {name}", leave=False):
             batch = problems[i : i + size]
             roll = rollout(lm, prompts[i : i + size], group_size, args, generator, noisy)
-            own = batch[common.share(len(batch))]
+            own = batch[engine.share(len(batch))]
             latents, exited = thought_lengths(roll)
             again = [texts_of(lm, answer_again(lm, roll, how, args), args) for how in ablations]
             parts.append(torch.cat([
@@ -631,16 +631,16 @@ def evaluate(lm, held_out, args, full):
             ]))  # fmt: skip
         return torch.cat(parts, 1)  # (numbers, P, G), of this process's share
 
-    numbers = map(common.mean, run("noise-free", 1, False, ABLATIONS if full else ()))
+    numbers = map(engine.mean, run("noise-free", 1, False, ABLATIONS if full else ()))
     names = ["greedy", "greedy_flexible", "length", "latents", "exit_rate", *(f"greedy_{how}" for how in ABLATIONS)]
     result = dict(zip(names, numbers, strict=False))
     if full:
         k = args.eval_samples
         sampled = run("sampled", k, True)  # (numbers, P, k)
         counts = sampled[0].sum(1).int().tolist()
-        result |= {"sampled": common.mean(sampled[0]), "sampled_flexible": common.mean(sampled[1])}
-        result[f"pass@{k}"] = common.mean(torch.tensor([common.pass_at_k(k, c, k) for c in counts]))
-        result["sampled_exit_rate"] = common.mean(sampled[4])
+        result |= {"sampled": engine.mean(sampled[0]), "sampled_flexible": engine.mean(sampled[1])}
+        result[f"pass@{k}"] = engine.mean(torch.tensor([engine.pass_at_k(k, c, k) for c in counts]))
+        result["sampled_exit_rate"] = engine.mean(sampled[4])
     return result
 
 
@@ -706,7 +706,7 @@ def take_worked(lm, stream, position, args):
         problem = stream[position]
         position += 1
         thought, answer = worked(problem)
-        prompt = common.encode_prompt(lm.tokenizer, problem, args.think_text)
+        prompt = engine.encode_prompt(lm.tokenizer, problem, args.think_text)
         tail = [*encode(args.exit_text), *encode(answer), lm.stop_ids[0]]
         thought = encode(thought)
         if thought and len(prompt) <= args.max_prompt_tokens:
@@ -736,7 +736,7 @@ def teacher_rollout(lm, prompts, labels, tails, args):
         ids[n, :count], weights[n, :count] = label_ids, label_weights
         ids[n, count : length[n], 0], weights[n, count : length[n], 0] = torch.tensor(tail), 1.0
     ids, weights, length = (x.to(args.device) for x in (ids, weights, length))
-    return common.Rollout(prompts, 1, ids, weights, weights.log(), length, torch.ones_like(length, dtype=torch.bool))
+    return engine.Rollout(prompts, 1, ids, weights, weights.log(), length, torch.ones_like(length, dtype=torch.bool))
 
 
 def chunk_labels(thoughts, size, args):
@@ -823,7 +823,7 @@ def latent_log_probs(lm, auto, prompts, thoughts, size, args):
     is_compress = ids < 0  # (B, L)
     embeds = torch.nn.functional.embedding(ids.clamp(min=0), lm.table)  # (B, L, D)
     embeds = torch.where(is_compress[..., None], auto.compress, embeds)
-    hidden = common.run_body(
+    hidden = engine.run_body(
         replace(lm, model=auto.encoder), args.gradient_checkpointing, inputs_embeds=embeds,
         attention_mask=induction_mask(is_compress)[:, None],
     )  # (B, L, D)  # fmt: skip
@@ -870,14 +870,14 @@ def reconstruction(lm, ids_of_latents, weights, prompts, thoughts, tails, size, 
     ids, kind, chunk, position = (
         pad([[entry[i] for entry in row] for row in rows], fill, args.device) for i, fill in enumerate([0, -1, -2, 0])
     )  # (B, L) each
-    mixed = common.mix_embeddings(lm.table, ids_of_latents, weights)  # (M, D)
+    mixed = engine.mix_embeddings(lm.table, ids_of_latents, weights)  # (M, D)
     embeds = torch.nn.functional.embedding(ids, lm.table).masked_scatter((kind == LATENT)[..., None], mixed)
-    hidden = common.run_body(
+    hidden = engine.run_body(
         lm, args.gradient_checkpointing, inputs_embeds=embeds, position_ids=position,
         attention_mask=supervision_mask(kind, chunk)[:, None],
     )  # (B, L, D)  # fmt: skip
     wanted = kind[:, 1:] >= TEXT  # (B, L-1): a state predicts the text or tail that stands right behind it
-    return -common.candidate_log_probs(lm, hidden[:, :-1][wanted], ids[:, 1:][wanted][:, None], 1.0).squeeze(-1)
+    return -engine.candidate_log_probs(lm, hidden[:, :-1][wanted], ids[:, 1:][wanted][:, None], 1.0).squeeze(-1)
 
 
 def stage1_rate(peak, done, total, args):
@@ -903,7 +903,7 @@ def label_step(lm, auto, optimizer, stream, state, args, generator):
     """
     done, size = state["step"] + args.sft_steps + args.label_steps, args.chunk[0]
     _, prompts, thoughts, tails, position = take_worked(lm, stream, state["position"], args)
-    own = common.share(len(prompts))
+    own = engine.share(len(prompts))
     gumbel = teacher_gumbel(thoughts, own, size, size, generator, args)  # (M, K)
     total = sum(len(thought[size:]) + len(tail) for thought, tail in zip(thoughts, tails, strict=True))
     latents = sum(len(chunks(thought, size, size)) for thought in thoughts)
@@ -927,7 +927,7 @@ def label_step(lm, auto, optimizer, stream, state, args, generator):
     state |= {"step": state["step"] + 1, "position": position}
     lr = stage1_rate(args.label_lr, done, args.label_steps, args)
     norm = apply_gradient(auto, optimizer, lr, args)
-    loss, kl, effective_k = common.all_reduce(sums).tolist()
+    loss, kl, effective_k = engine.all_reduce(sums).tolist()
     row = {"step": state["step"] - 1, "reconstruction": loss, "hint": kl, "effective_k": effective_k}
     return row | {"lr": lr, "grad_norm": norm}, ""
 
@@ -940,7 +940,7 @@ def sft_step(lm, auto, optimizer, stream, state, args, generator):
     """
     done = state["step"] + args.sft_steps
     problems, prompts, thoughts, tails, position = take_worked(lm, stream, state["position"], args)
-    count, tokens, own = len(problems), sum(map(len, tails)), common.share(len(problems))
+    count, tokens, own = len(problems), sum(map(len, tails)), engine.share(len(problems))
     size = args.chunk[len(args.chunk) * done // args.sft_steps]
     scale = args.sft_noise * done / args.sft_steps
     gumbel = None
@@ -965,10 +965,10 @@ def sft_step(lm, auto, optimizer, stream, state, args, generator):
     optimizer.zero_grad()
     sums = torch.zeros(2, device=args.device)
     rows = torch.arange(len(prompts))
-    for micro, hidden in common.replays(lm, roll, rows, args.micro_batch, args.gradient_checkpointing):
+    for micro, hidden in engine.replays(lm, roll, rows, args.micro_batch, args.gradient_checkpointing):
         executed = roll.mask()[micro, : hidden.shape[1]]  # (B, T)
         ids, weights = (x[micro, : hidden.shape[1]][executed] for x in (roll.ids, roll.weights))  # (M, K)
-        log_q = common.candidate_log_probs(lm, hidden[executed], ids, 1.0)  # (M, K)
+        log_q = engine.candidate_log_probs(lm, hidden[executed], ids, 1.0)  # (M, K)
         kl = (torch.xlogy(weights, weights) - weights * log_q).sum(-1)  # (M,)
         kl = kl * factor[micro, : hidden.shape[1]][executed]
         kl.sum().backward()
@@ -977,7 +977,7 @@ def sft_step(lm, auto, optimizer, stream, state, args, generator):
     state |= {"step": state["step"] + 1, "position": position}
     lr = stage1_rate(args.sft_lr, done, args.sft_steps, args)
     norm = apply_gradient(lm.model, optimizer, lr, args)
-    kl, cross_entropy = common.all_reduce(sums).tolist()
+    kl, cross_entropy = engine.all_reduce(sums).tolist()
     sample = describe(lm, roll, 0, len(labels[0][0]), problems[0], "a teacher's") if problems else ""
     row = {"step": state["step"] - 1, "kl": kl, "cross_entropy": cross_entropy, "lr": lr, "grad_norm": norm}
     return row, sample
@@ -1007,14 +1007,14 @@ def collect(lm, stream, state, args, generator):
     Groups are counted through all processes in their order, so that any number of them keeps the same: `places` are
     the numbers of those that this one has.
     """
-    number, processes = common.process()
+    number, processes = engine.process()
     kept, parts, rewards, places, drawn, found, rollouts = [], [], [], [], [], 0, 0
     for _ in range(args.max_draws):
-        problems, prompts, state["position"] = common.take(
+        problems, prompts, state["position"] = engine.take(
             stream, state["position"], args.prompts_per_step, lm.tokenizer, args.max_prompt_tokens, args.think_text
         )
         roll = rollout(lm, prompts, args.group_size, args, generator)
-        problems = problems[common.share(len(problems))]
+        problems = problems[engine.share(len(problems))]
         strict, flexible = score(texts_of(lm, roll, args), problems, args.group_size)  # (P, G) each
         latents, exited = thought_lengths(roll)
         effective_k = (1 / roll.weights.square().sum(-1))[is_latent(roll)]
@@ -1023,7 +1023,7 @@ def collect(lm, stream, state, args, generator):
         informative = (strict.amax(1) > strict.amin(1)) | (args.max_draws == 1)  # (P,)
         counts = torch.zeros(processes, dtype=torch.long)
         counts[number] = informative.sum()
-        common.all_reduce(counts)
+        engine.all_reduce(counts)
         place = found + int(counts[:number].sum())
         chosen = informative.nonzero().squeeze(-1)[: max(0, args.prompts_per_step - place)]  # (p,)
         places.append(place + torch.arange(len(chosen)))
@@ -1035,10 +1035,10 @@ def collect(lm, stream, state, args, generator):
             break
     names = ["reward", "flexible", "length", "overlong", "latents", "exit_rate", "effective_k"]
     columns = [torch.cat([x.flatten().float().cpu() for x in column]) for column in zip(*drawn, strict=True)]
-    numbers = {name: common.mean(column) for name, column in zip(names, columns, strict=True)} | {"rollouts": rollouts}
+    numbers = {name: engine.mean(column) for name, column in zip(names, columns, strict=True)} | {"rollouts": rollouts}
     if math.isnan(numbers["effective_k"]):  # no latent in any rollout
         numbers["effective_k"] = None
-    few = range(args.ablate)[common.share(args.ablate)]
+    few = range(args.ablate)[engine.share(args.ablate)]
     few = problems[: len(few)], one_each(roll, len(few))
     return kept, join(parts), torch.cat(rewards), torch.cat(places), numbers, few
 
@@ -1047,7 +1047,7 @@ def one_each(roll, count):
     """The first rollout of each of the first prompts."""
     rows = slice(0, count * roll.group_size, roll.group_size)
     tensors = (roll.ids, roll.weights, roll.scores, roll.length, roll.stopped)
-    return common.Rollout(roll.prompts[:count], 1, *(tensor[rows] for tensor in tensors))
+    return engine.Rollout(roll.prompts[:count], 1, *(tensor[rows] for tensor in tensors))
 
 
 def rl_step(lm, start, optimizer, stream, state, args, generator):
@@ -1066,10 +1066,10 @@ def rl_step(lm, start, optimizer, stream, state, args, generator):
     damaged = {}
     for how in ABLATIONS if args.ablate else []:
         texts = texts_of(lm, answer_again(lm, few, how, args), args)
-        damaged[how] = common.mean(score(texts, few_problems, 1)[0])
+        damaged[how] = engine.mean(score(texts, few_problems, 1)[0])
     state["step"] = step + 1  # before the update: one that fails is not tried again
     metrics = update(lm, start, optimizer, roll, places, advantages, old_log_probs, lr, args)
-    teaching = int(common.all_reduce(advantages.any(1).sum().cpu()))
+    teaching = int(engine.all_reduce(advantages.any(1).sum().cpu()))
     numbers["zero_advantage"] = 1 - teaching / numbers["rollouts"]
     row = {"step": step} | numbers | {"lr": lr} | metrics | damaged
     if not problems:  # so few are left that other processes have them
@@ -1147,9 +1147,9 @@ def save_model(lm, folder):
 def main(argv=None):
     args, state = parse_args(argv)
     began = time.time()
-    common.start_processes(args.device)
-    number, processes = common.process()
-    lm = common.load_model(args.model, args.device)
+    engine.start_processes(args.device)
+    number, processes = engine.process()
+    lm = engine.load_model(args.model, args.device)
     args.exit_id = exit_token(lm, args)
     if args.top_k > len(lm.table):
         raise UserError(f"--top_k must be at most the size of this model's vocabulary, {len(lm.table)}")
@@ -1157,12 +1157,12 @@ def main(argv=None):
         table.requires_grad_(False)  # the space of latents stands still while the model learns to move in it
     generator = torch.Generator(args.device).manual_seed(args.seed)
     training = args.steps or args.sft_steps
-    stream = common.load_problems(args.data, "train", args.seed, tuple(args.ops), args.kind) if training else None
-    test = common.load_problems(args.eval_data or args.data, "test", 0, tuple(args.ops), args.kind)
-    held_out = common.take(test, 0, args.eval_problems, lm.tokenizer, args.max_prompt_tokens, args.think_text)[:2]
+    stream = engine.load_problems(args.data, "train", args.seed, tuple(args.ops), args.kind) if training else None
+    test = engine.load_problems(args.eval_data or args.data, "test", 0, tuple(args.ops), args.kind)
+    held_out = engine.take(test, 0, args.eval_problems, lm.tokenizer, args.max_prompt_tokens, args.think_text)[:2]
 
-    name = f"latent_grpo-{common.Path(args.model).name}-seed{args.seed}"
-    folder = common.Path(args.resume) if args.resume else common.open_run(args.out, name) if number == 0 else None
+    name = f"latent_grpo-{engine.Path(args.model).name}-seed{args.seed}"
+    folder = engine.Path(args.resume) if args.resume else engine.open_run(args.out, name) if number == 0 else None
     size = sum(p.numel() for p in lm.model.parameters())
     devices = f"{processes} x {args.device}" if processes > 1 else args.device
     print(f"{args.model}: {size:,} parameters on {devices}; run folder {folder}")
@@ -1194,14 +1194,14 @@ def main(argv=None):
         if stage == "rl" and args.sft_steps and not saved and number == 0:
             save_model(lm, folder / "latent")  # the KL's reference, also after a resume; and a start for other runs
         if stage == "rl" and args.kl_coef:
-            at_start = common.load_model(f"{args.resume}/latent", args.device) if saved and args.sft_steps else lm
+            at_start = engine.load_model(f"{args.resume}/latent", args.device) if saved and args.sft_steps else lm
             start = replace(lm, model=copy.deepcopy(at_start.model).requires_grad_(False))
         if saved:
-            common.load_checkpoint(f"{args.resume}/checkpoint.safetensors", whole, optimizer, generator)
+            engine.load_checkpoint(f"{args.resume}/checkpoint.safetensors", whole, optimizer, generator)
         if stage == "rl" and "before" not in state:
             state["before"] = evaluate(lm, held_out, args, full=True)
             print("before  " + "  ".join(f"{key} {value:.3f}" for key, value in state["before"].items()))
-        with common.Run(folder, whole, optimizer, generator, state, began) as run:
+        with engine.Run(folder, whole, optimizer, generator, state, began) as run:
             if not train(stage, end, take_step, lm, held_out, run, args):
                 print(f"stopped at step {state['step']}; continue with: python latent_grpo.py --resume {folder}")
                 return 130
@@ -1220,4 +1220,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    common.run_main(main)
+    engine.run_main(main)

@@ -29,10 +29,10 @@ from safetensors.torch import load_file, save_file
 from torch.distributions import Independent, Normal, kl_divergence
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-import common
 import dlr
+import engine
 import tiny
-from common import SLOT
+from engine import SLOT
 
 HERE = Path(__file__).parent
 SHARED = HERE.parent / "shared"
@@ -69,7 +69,7 @@ def random_model(vocabulary=12, seed=0, width=16, scale=6.0):
         for name, weight in model.named_parameters():
             weight.mul_(8.0 if any(x in name for x in ("q_proj", "k_proj", "v_proj", "o_proj")) else 1.0)
     tokenizer = SimpleNamespace(batch_decode=lambda rows, **_: [str(row) for row in rows])
-    return common.LanguageModel(model, tokenizer, [STOP], PAD)
+    return engine.LanguageModel(model, tokenizer, [STOP], PAD)
 
 
 def build(args, seed=0):
@@ -249,7 +249,7 @@ def test_slots_take_their_embeddings_in_order():
     ids = torch.tensor([[5, SLOT, SLOT, 3, 0], [SLOT, 7, SLOT, 0, 0]])
     first = [table[5], slots[0, 0], slots[0, 1], table[3], table[0]]
     second = [slots[1, 0], table[7], slots[1, 1], table[0], table[0]]
-    assert torch.equal(common.embed(table, ids, slots), torch.stack([torch.stack(first), torch.stack(second)]))
+    assert torch.equal(engine.embed(table, ids, slots), torch.stack([torch.stack(first), torch.stack(second)]))
 
 
 def test_decoding_is_generate_on_embeddings_alone_and_together():
@@ -287,7 +287,7 @@ def test_without_latents_the_model_is_as_it_was():
 
 def test_prompts_of_the_built_in_task_have_their_slots_where_a_note_goes():
     tokenizer = AutoTokenizer.from_pretrained(HERE / "tiny")
-    problem = common.Problem(" 17 + 5 ? <think>", "22", "think")
+    problem = engine.Problem(" 17 + 5 ? <think>", "22", "think")
     words = tokenizer.convert_ids_to_tokens
     ids = dlr.encode_with_slots(tokenizer, problem, 2)
     assert words([i for i in ids if i != SLOT]) == [" 17", " +", " 5", " ?", " <think>"] and ids[4:6] == [SLOT, SLOT]
@@ -299,7 +299,7 @@ def test_prompts_of_the_built_in_task_have_their_slots_where_a_note_goes():
 # ----------------------------------------------------------------------------------------------------------------------
 # 5. Rewards, advantages, the filter.
 
-TAGS = common.Problem("q", "1234")
+TAGS = engine.Problem("q", "1234")
 
 
 @pytest.mark.parametrize("text, reward", [
@@ -326,12 +326,12 @@ def test_rewards_of_texts(text, reward):
     (" 7 </think> 12 12", -1.2), (" 7 </think> </think> 12", -1.2), (" <think> 7 </think> 12", -1.2),
 ])  # fmt: skip
 def test_rewards_of_the_built_in_task(text, reward):
-    correct, form, _ = dlr.rewards_of(dlr.Said([[1]], [text], [True]), [common.Problem("", "12", "think")], settings())
+    correct, form, _ = dlr.rewards_of(dlr.Said([[1]], [text], [True]), [engine.Problem("", "12", "think")], settings())
     assert correct.item() + 0.2 * form.item() == pytest.approx(reward)
 
 
 def test_rewards_go_to_their_prompts():
-    problems = [common.Problem("", "1", "think"), common.Problem("", "2", "think")]
+    problems = [engine.Problem("", "1", "think"), engine.Problem("", "2", "think")]
     texts = ["</think> 1", "</think> 2", "</think> 2", "</think> 1"]
     correct, form, answers = dlr.rewards_of(dlr.Said([[1]] * 4, texts, [True, True, True, False]), problems, settings())
     assert correct.tolist() == [[1, -1], [1, -1]] and form.tolist() == [[1, 1], [1, -1]]
@@ -756,7 +756,7 @@ def test_non_finite_gradient_stops_before_the_weights_change(where):
     batch = roll(policy, args)
     getattr(batch, where)[0, 0] = math.nan
     before = dlr.fingerprint(policy)
-    with pytest.raises(common.UserError, match="not finite"):
+    with pytest.raises(engine.UserError, match="not finite"):
         update(main, policy, projection, batch, args, torch.optim.SGD(groups_of(policy, projection), lr=0.1))
     assert dlr.fingerprint(policy) == before
 
@@ -790,7 +790,7 @@ def test_vote():
 def test_evaluation_gives_each_prompt_the_latents_that_it_says(monkeypatch):
     args = settings(eval_samples=4, prompts_per_step=1, group_size=4, model="none")  # one or four prompts at once
     main, policy, projection = build(args)
-    problems = [common.Problem(f"q{i}", str(i)) for i in range(3)]
+    problems = [engine.Problem(f"q{i}", str(i)) for i in range(3)]
     given, means = [], projection(policy.sample(ASKED, torch.zeros(3, 1, T, D))[0])
     monkeypatch.setattr(dlr, "asked_of", lambda policy, asked, args: [ASKED[int(p.question[1])] for p in asked])
 
@@ -819,9 +819,9 @@ def test_evaluation_gives_each_prompt_the_latents_that_it_says(monkeypatch):
 
 def test_evaluation_disturbs_nothing(tmp_path):
     args = dlr.parse_args(["--eval_problems", "4", "--eval_samples", "2"])[0]
-    main, assistant = common.load_model("tiny", "cpu"), common.load_model("tiny", "cpu")
+    main, assistant = engine.load_model("tiny", "cpu"), engine.load_model("tiny", "cpu")
     policy, projection = dlr.LatentPolicy(assistant, main, args), dlr.Projection(main, args)
-    stream = common.load_problems("tiny", "test", 0, (2, 5), "single")
+    stream = engine.load_problems("tiny", "test", 0, (2, 5), "single")
     held_out = dlr.take(stream, {"position": 0}, 4, main, args)
     torch.manual_seed(5)
     first = dlr.evaluate(main, policy, projection, held_out, args, full=True)
@@ -833,7 +833,7 @@ def test_evaluation_disturbs_nothing(tmp_path):
 def test_samples_are_readable():
     tokenizer = SimpleNamespace(decode=lambda ids: f"w{ids[0]}")
     main = SimpleNamespace(tokenizer=tokenizer, table=torch.eye(6))
-    problem = common.Problem("1 + 1 ?", "2")
+    problem = engine.Problem("1 + 1 ?", "2")
     torch.manual_seed(0)
     words = dlr.Projection(main, settings(latent_dim=6))
     words.weight.data = torch.eye(6)
@@ -845,22 +845,22 @@ def test_samples_are_readable():
 
 
 def test_right_solutions_are_right():
-    stream = common.load_problems("tiny", "train", 0, (2, 5), "single")
+    stream = engine.load_problems("tiny", "train", 0, (2, 5), "single")
     for i in range(200):
-        assert common.verify(dlr.right_solution(stream[i]), stream[i]) == (1.0, 1.0)
+        assert engine.verify(dlr.right_solution(stream[i]), stream[i]) == (1.0, 1.0)
         assert dlr.read_answer(dlr.right_solution(stream[i]), stream[i]) == (stream[i].answer, True)
         assert tiny.problem_text(*tiny.read_chain(stream[i].question)) == stream[i].question
-    row = common.parse_row({"question": "q", "answer": "She has 48/2 = <<48/2=24>>24.\n#### 24"}, "")
+    row = engine.parse_row({"question": "q", "answer": "She has 48/2 = <<48/2=24>>24.\n#### 24"}, "")
     assert dlr.right_solution(row) == "<think>She has 48/2 = 24.</think><answer>24</answer>"
     assert dlr.read_answer(dlr.right_solution(row), row) == ("24", True)
-    assert dlr.right_solution(common.parse_row({"question": "q", "answer": "24"}, "")) is None
+    assert dlr.right_solution(engine.parse_row({"question": "q", "answer": "24"}, "")) is None
 
 
 def test_the_right_note_is_right_and_a_wrong_one_is_not():
     """The steerability on which everything else stands: the frozen model is perfect with the right note."""
     args = dlr.parse_args([])[0]
-    main = common.load_model("tiny", "cpu")
-    stream = common.load_problems("tiny", "test", 0, (2, 5), "single")
+    main = engine.load_model("tiny", "cpu")
+    stream = engine.load_problems("tiny", "test", 0, (2, 5), "single")
     problems, prompts = dlr.take(stream, {"position": 0}, 128, main, args)
 
     def accuracy(notes):
@@ -979,7 +979,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, how, rows, capsys):
     if how != signal.SIGKILL:
         assert "--resume" in output[0] and "Traceback" not in output[1]
     assert log.read_text().count("\n") < 8
-    assert common.read_checkpoint_state(f"{broken}/checkpoint.safetensors")["step"] >= rows - 5  # --save_every 2
+    assert engine.read_checkpoint_state(f"{broken}/checkpoint.safetensors")["step"] >= rows - 5  # --save_every 2
     dlr.main(["--resume", str(broken)])
     resumed = last_line(capsys)
     assert log.read_bytes() == (whole / "log.jsonl").read_bytes()
@@ -1063,7 +1063,7 @@ def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path, capsys, monkeypat
         metadata = {"state": json.dumps({"step": 0, "stage": "training", "args": args})}
         save_file({"x": torch.zeros(1)}, tmp_path / name / "checkpoint.safetensors", metadata)
     with pytest.raises(SystemExit) as stop:
-        common.run_main(lambda: dlr.main([flag.replace("{tmp}", str(tmp_path)) for flag in flags]))
+        engine.run_main(lambda: dlr.main([flag.replace("{tmp}", str(tmp_path)) for flag in flags]))
     error = capsys.readouterr().err.strip()
     assert stop.value.code == 2
     assert error.startswith("error: ") and "\n" not in error and mentioned in error, error
@@ -1081,7 +1081,7 @@ def test_out_of_memory_saves_and_resume_repeats_the_step(tmp_path, capsys, monke
     dlr.main([*QUICK, "--out", str(tmp_path / "whole")])
     monkeypatch.setattr(dlr, "update", update)
     with pytest.raises(SystemExit) as stop:
-        common.run_main(lambda: dlr.main([*QUICK, "--out", str(tmp_path / "run")]))
+        engine.run_main(lambda: dlr.main([*QUICK, "--out", str(tmp_path / "run")]))
     assert stop.value.code == 2 and "--micro_batch" in capsys.readouterr().err
     dlr.main(["--resume", str(tmp_path / "run")])
     assert (tmp_path / "run/log.jsonl").read_bytes() == (tmp_path / "whole/log.jsonl").read_bytes()
@@ -1172,26 +1172,26 @@ def test_prescreened_decodes_are_counted(tmp_path, capsys):
 
 def test_a_run_goes_on_with_its_own_main_model_only(tmp_path, capsys):
     dlr.main([*QUICK, "--out", str(tmp_path / "run")])
-    main = common.load_model("tiny", "cpu")
+    main = engine.load_model("tiny", "cpu")
     with torch.no_grad():
         main.head[0, 0] += 1e-3
     main.model.save_pretrained(tmp_path / "changed")
     main.tokenizer.save_pretrained(tmp_path / "changed")
     path = tmp_path / "run/checkpoint.safetensors"
-    state = common.read_checkpoint_state(path)
+    state = engine.read_checkpoint_state(path)
     state["args"]["model"] = str(tmp_path / "changed")
     save_file(load_file(path), path, {"state": json.dumps(state)})
-    with pytest.raises(common.UserError, match="differ"):
+    with pytest.raises(engine.UserError, match="differ"):
         dlr.main(["--resume", str(tmp_path / "run"), "--steps", "5"])
 
 
 def test_more_processes_than_problems_is_said(tmp_path, monkeypatch):
     (tmp_path / "few.jsonl").write_text('{"question": " 1 + 1 ?", "answer": "2"}\n' * 10)
-    monkeypatch.setattr(common, "process", lambda: (0, 2))
+    monkeypatch.setattr(engine, "process", lambda: (0, 2))
     args = dlr.parse_args([])[0]
     main = SimpleNamespace(tokenizer=AutoTokenizer.from_pretrained(HERE / "tiny"))
-    stream = common.Problems([common.Problem(" 1 + 1 ?", "2", "think")], 0, 1)
-    with pytest.raises(common.UserError, match="only 1 problems"):
+    stream = engine.Problems([engine.Problem(" 1 + 1 ?", "2", "think")], 0, 1)
+    with pytest.raises(engine.UserError, match="only 1 problems"):
         dlr.rl_step(main, None, None, None, None, stream, {"step": 0, "position": 0}, args, None)
 
 
@@ -1225,7 +1225,7 @@ def test_real_tokenizer_and_gsm8k(tmp_path, capsys, monkeypatch):
         return torch.arange(correct.numel()).view(correct.shape) % 2 * 2.0 - 1, form, answers
 
     monkeypatch.setattr(dlr, "rewards_of", rewards_of)
-    stream = common.load_problems(str(SHARED / "data/gsm8k"), "train", 0)
+    stream = engine.load_problems(str(SHARED / "data/gsm8k"), "train", 0)
     text = tokenizer.decode([max(i, 0) for i in dlr.encode_with_slots(tokenizer, stream[0], 3)])
     assert f"{stream[0].question}\n{dlr.FORMAT}\n!!!<|im_end|>\n<|im_start|>assistant\n" in text  # 0 spells "!"
     dlr.main(["--model", str(tmp_path / "main"), "--assistant", str(tmp_path / "assistant"), "--data",

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch.distributions import Gumbel
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-import common
+import engine
 import latent_grpo
 
 HERE = Path(__file__).parent
@@ -69,7 +69,7 @@ def random_model(vocabulary=12, seed=0, scale=6.0, tied=True, sharp=1.0):
     for table in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
         table.requires_grad_(False)
     tokenizer = SimpleNamespace(batch_decode=lambda rows, **_: rows)  # "texts" are lists of ids
-    return common.LanguageModel(model, tokenizer, [STOP], PAD)
+    return engine.LanguageModel(model, tokenizer, [STOP], PAD)
 
 
 def roll_out(lm, args, group_size=4, seed=0, prompts=PROMPTS, noisy=True):
@@ -187,7 +187,7 @@ def test_one_sided_and_two_sided_noise_give_the_same_rollouts_and_scores_that_di
 
 def record_rollout(lm, args, **kwargs):
     """roll_out, and the logits it saw: (N, T, V), NaN where a row had ended."""
-    seen, original = [], common.decode
+    seen, original = [], engine.decode
 
     def spy(lm, prompts, group_size, cap, choose):
         def watch(logits, t, rows):
@@ -196,11 +196,11 @@ def record_rollout(lm, args, **kwargs):
 
         return original(lm, prompts, group_size, cap, watch)
 
-    latent_grpo.common.decode = spy
+    latent_grpo.engine.decode = spy
     try:
         roll = roll_out(lm, args, **kwargs)
     finally:
-        latent_grpo.common.decode = original
+        latent_grpo.engine.decode = original
     logits = torch.full((len(roll.length), len(seen), seen[0][1].shape[-1]), math.nan)
     for t, (rows, values) in enumerate(seen):
         logits[rows, t] = values
@@ -218,7 +218,7 @@ def test_replayed_logits_equal_rollout_logits(noise):
         assert latents.unique().numel() > 3 and exited.any() and not exited.all()
     replayed = torch.full_like(seen, math.nan)
     with torch.no_grad():
-        for rows, hidden in common.replays(lm, roll, torch.arange(48), micro_batch=7):
+        for rows, hidden in engine.replays(lm, roll, torch.arange(48), micro_batch=7):
             replayed[rows, : hidden.shape[1]] = hidden @ lm.head.T
     valid = roll.mask()
     assert torch.equal(valid, ~seen[..., 0].isnan())
@@ -274,7 +274,7 @@ def test_written_tokens_are_drawn_from_the_policy_that_scores_them():
     counts = roll.heaviest()[:, 1].bincount(minlength=12)
     chi2 = ((counts - n * expected) ** 2 / (n * expected)).sum()
     assert chi2 < 31.3  # 11 degrees of freedom, p = .001
-    ((rows, hidden),) = list(common.replays(lm, roll, torch.arange(8), 8))
+    ((rows, hidden),) = list(engine.replays(lm, roll, torch.arange(8), 8))
     log_probs, _ = latent_grpo.trajectory_log_probs(lm, roll, rows, hidden, torch.zeros(8, 2), args)
     assert torch.allclose(log_probs[:, 1].exp(), expected[roll.heaviest()[rows, 1]], atol=1e-5)
 
@@ -558,7 +558,7 @@ def test_scores_before_the_update_are_its_log_probabilities():
     lm, args = random_model(), settings(temperature=0.6)
     roll = roll_out(lm, args)
     old = latent_grpo.current_log_probs(lm, roll, torch.zeros(roll.ids.shape[:2]), args)
-    ((rows, hidden),) = list(common.replays(lm, roll, torch.arange(12), 64))
+    ((rows, hidden),) = list(engine.replays(lm, roll, torch.arange(12), 64))
     log_probs, _ = latent_grpo.trajectory_log_probs(lm, roll, rows, hidden, random_advantages(roll)[rows], args)
     assert torch.allclose(old[rows], log_probs, atol=1e-5) and (old[~roll.mask()] == 0).all()
 
@@ -597,7 +597,7 @@ def test_margin_statistics():
     latent = latent_grpo.is_latent(roll)
     log_p = torch.zeros_like(roll.scores)
     with torch.no_grad():
-        for rows, hidden in common.replays(lm, roll, torch.arange(12), 64):
+        for rows, hidden in engine.replays(lm, roll, torch.arange(12), 64):
             log_p[rows, : hidden.shape[1]] = (hidden @ lm.head.T).log_softmax(-1).gather(-1, roll.ids[rows])
     margins = (roll.scores - log_p)[latent]
     assert abs(metrics["margin"] - margins.mean()) < 1e-4
@@ -608,7 +608,7 @@ def test_non_finite_gradient_stops_before_the_weights_change():
     lm, args = random_model(), settings()
     roll = roll_out(lm, args)
     before = [p.clone() for p in lm.model.parameters()]
-    with pytest.raises(common.UserError, match="not finite"):
+    with pytest.raises(engine.UserError, match="not finite"):
         nan = torch.full(roll.ids.shape[:2], math.nan)
         latent_grpo.update(lm, None, sgd(lm), roll, every(roll), nan, None, 1.0, args)
     assert all(torch.equal(a, b) for a, b in zip(before, lm.model.parameters(), strict=True))
@@ -652,15 +652,15 @@ def test_ablated_latents_are_what_their_name_says(how):
 
 
 def test_worked_solutions():
-    student = common.Problem(" 17 + 5 ? <think>", "22", "think", " 17 + 5 = 12 </think> 12<eos>")
+    student = engine.Problem(" 17 + 5 ? <think>", "22", "think", " 17 + 5 = 12 </think> 12<eos>")
     assert latent_grpo.worked(student) == (" 17 + 5 = 12", " 12")  # what the student wrote, right or not
     prose = "He sold 48/2 = $<<48/2=24>>24.00.\nIn all <<48+24=72>>72 < 100.\n#### 72"
-    assert latent_grpo.worked(common.Problem("?", "72", solution=prose)) == ("<<48/2=24>> <<48+24=72>>", "\\boxed{72}")
-    assert latent_grpo.worked(common.Problem("?", "72", solution="72"))[0] == ""
+    assert latent_grpo.worked(engine.Problem("?", "72", solution=prose)) == ("<<48/2=24>> <<48+24=72>>", "\\boxed{72}")
+    assert latent_grpo.worked(engine.Problem("?", "72", solution="72"))[0] == ""
 
 
 def test_the_demonstrations_never_see_a_true_answer():
-    stream = common.load_problems("tiny", "train", 0)
+    stream = engine.load_problems("tiny", "train", 0)
     wrong = [latent_grpo.worked(stream[i])[1].strip() != stream[i].answer for i in range(300)]
     assert 0.3 < sum(wrong) / 300 < 0.7
     assert stream[7].solution == stream[7].solution  # the same demonstration every time: a resumed run sees it again
@@ -669,11 +669,11 @@ def test_the_demonstrations_never_see_a_true_answer():
 def test_data_without_worked_solutions_is_refused():
     lm = SimpleNamespace(tokenizer=SimpleNamespace(encode=lambda text, **_: [3] * len(text), chat_template=None,
                                                    decode=lambda ids: "x" * len(ids)), stop_ids=[STOP])  # fmt: skip
-    bare = [common.Problem("1 + 1?", "2", solution="2")] * 5
-    with pytest.raises(common.UserError, match="worked solutions"):
-        latent_grpo.take_worked(lm, common.Problems(bare, 0, 5), 0, settings())
-    some = [*bare, common.Problem("1 + 1?", "2", solution="<<1+1=2>>2")]
-    stream = common.Problems(some, 0, 6)
+    bare = [engine.Problem("1 + 1?", "2", solution="2")] * 5
+    with pytest.raises(engine.UserError, match="worked solutions"):
+        latent_grpo.take_worked(lm, engine.Problems(bare, 0, 5), 0, settings())
+    some = [*bare, engine.Problem("1 + 1?", "2", solution="<<1+1=2>>2")]
+    stream = engine.Problems(some, 0, 6)
     problems, *_, position = latent_grpo.take_worked(lm, stream, 0, settings(max_prompt_tokens=200))
     assert [problem.solution for problem in problems] == ["<<1+1=2>>2"] and position == 6  # once through the data
 
@@ -865,7 +865,7 @@ def test_a_step_of_stage_1_is_kl_at_latents_and_cross_entropy_after_them(monkeyp
     """Losses and gradients by hand: one row at a time, torch's kl_div."""
     lm, args = random_model(vocabulary=30), settings(sft_noise=0.0, micro_batch=2)
     lm.tokenizer = SimpleNamespace(decode=lambda ids: str(ids))
-    problems = [common.Problem(str(i), "1", "think") for i in range(3)]
+    problems = [engine.Problem(str(i), "1", "think") for i in range(3)]
     monkeypatch.setattr(latent_grpo, "take_worked", lambda *_: (problems, PROMPTS, THOUGHTS, TAILS, 3))
     state = {"step": -5, "position": 0}
     before = [p.clone() for p in lm.model.parameters()]
@@ -895,7 +895,7 @@ def test_a_step_of_stage_1_is_kl_at_latents_and_cross_entropy_after_them(monkeyp
 def test_curriculum_and_noise_ramp(monkeypatch):
     lm, seen = random_model(vocabulary=30), []
     lm.tokenizer = SimpleNamespace(decode=lambda ids: str(ids))
-    problems = [common.Problem(str(i), "1", "think") for i in range(3)]
+    problems = [engine.Problem(str(i), "1", "think") for i in range(3)]
     monkeypatch.setattr(latent_grpo, "take_worked", lambda *_: (problems, PROMPTS, THOUGHTS, TAILS, 3))
     monkeypatch.setattr(latent_grpo, "label_noise", lambda w, noise, scale, _: seen[-1].append(scale) or w)
     original = latent_grpo.chunk_labels
@@ -977,8 +977,8 @@ def test_a_label_step_survives_weights_that_underflow(monkeypatch):
 def test_dynamic_sampling_draws_until_there_are_enough_informative_groups(monkeypatch):
     lm, drawn = random_model(), []
     stream = SimpleNamespace(size=None)
-    monkeypatch.setattr(common, "take", lambda stream, position, count, *_: (
-        [common.Problem(str(position + i), "", "think") for i in range(3)], PROMPTS, position + 3))  # fmt: skip
+    monkeypatch.setattr(engine, "take", lambda stream, position, count, *_: (
+        [engine.Problem(str(position + i), "", "think") for i in range(3)], PROMPTS, position + 3))  # fmt: skip
 
     def score(texts, problems, group_size):
         """Problems 1, 2, 6 and 7 have both right and wrong rollouts; all of the others are right."""
@@ -1005,11 +1005,11 @@ def test_dynamic_sampling_draws_until_there_are_enough_informative_groups(monkey
 
 
 def test_exit_token_is_the_first_of_its_text():
-    lm = common.load_model("tiny", "cpu")
+    lm = engine.load_model("tiny", "cpu")
     assert latent_grpo.exit_token(lm, settings(exit_text=" </think>")) == 4
-    with pytest.raises(common.UserError, match="no token"):
+    with pytest.raises(engine.UserError, match="no token"):
         latent_grpo.exit_token(lm, settings(exit_text="</think>"))
-    with pytest.raises(common.UserError, match="end the text"):
+    with pytest.raises(engine.UserError, match="end the text"):
         latent_grpo.exit_token(lm, settings(exit_text="<eos>"))
 
 
@@ -1101,7 +1101,7 @@ def test_stopping_between_the_stages_loses_nothing(tmp_path, capsys, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         latent_grpo.main([*BOTH, "--eval_every", "0", "--out", str(tmp_path / "broken")])
     monkeypatch.undo()
-    assert common.read_checkpoint_state(tmp_path / "broken/checkpoint.safetensors")["step"] == 0
+    assert engine.read_checkpoint_state(tmp_path / "broken/checkpoint.safetensors")["step"] == 0
     latent_grpo.main(["--resume", str(tmp_path / "broken"), "--eval_every", "2"])
     assert {**last_line(capsys), "seconds": 0} == {**expected, "seconds": 0}
 
@@ -1203,7 +1203,7 @@ def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path, capsys, monkeypat
         metadata = {"state": json.dumps({"step": 0, "stage": "rl", "collapsed": None, "args": args})}
         save_file({"x": torch.zeros(1)}, tmp_path / name / "checkpoint.safetensors", metadata)
     with pytest.raises(SystemExit) as stop:
-        common.run_main(lambda: latent_grpo.main([flag.replace("{tmp}", str(tmp_path)) for flag in flags]))
+        engine.run_main(lambda: latent_grpo.main([flag.replace("{tmp}", str(tmp_path)) for flag in flags]))
     error = capsys.readouterr().err.strip()
     assert stop.value.code == 2
     assert error.startswith("error: ") and "\n" not in error and mentioned in error, error
@@ -1221,7 +1221,7 @@ def test_out_of_memory_saves_and_resume_repeats_the_step(tmp_path, capsys, monke
     latent_grpo.main([*QUICK, "--out", str(tmp_path / "whole")])
     monkeypatch.setattr(latent_grpo, "update", update)
     with pytest.raises(SystemExit) as stop:
-        common.run_main(lambda: latent_grpo.main([*QUICK, "--out", str(tmp_path / "run")]))
+        engine.run_main(lambda: latent_grpo.main([*QUICK, "--out", str(tmp_path / "run")]))
     assert stop.value.code == 2 and "--micro_batch" in capsys.readouterr().err
     latent_grpo.main(["--resume", str(tmp_path / "run")])
     assert (tmp_path / "run/log.jsonl").read_bytes() == (tmp_path / "whole/log.jsonl").read_bytes()
@@ -1232,7 +1232,7 @@ def test_stages_and_model_of_a_run_cannot_change(tmp_path, capsys):
     assert latent_grpo.parse_args(["--model", str(tmp_path / "run/model")])[0].sft_steps == 0  # it is latent now
     assert latent_grpo.parse_args(["--model", "tiny"])[0].sft_steps > 0
     for flags in (["--sft_steps", "9"], ["--labels", "encoder"], ["--model", "tiny"]):
-        with pytest.raises(common.UserError, match="cannot change"):
+        with pytest.raises(engine.UserError, match="cannot change"):
             latent_grpo.main(["--resume", str(tmp_path / "run"), *flags])
 
 
@@ -1296,7 +1296,7 @@ def test_real_tokenizer_and_gsm8k(labels, tmp_path, capsys, monkeypatch):
                     reason="needs the Qwen2.5 tokenizer and GSM8K beside the checkout, in ../shared")  # fmt: skip
 def test_worked_examples_of_gsm8k_and_the_prompts_ending():
     lm = SimpleNamespace(tokenizer=AutoTokenizer.from_pretrained(SHARED / "tokenizers/qwen2.5"), stop_ids=[151643])
-    stream = common.load_problems(str(SHARED / "data/gsm8k"), "train", 0)
+    stream = engine.load_problems(str(SHARED / "data/gsm8k"), "train", 0)
     args = settings(sft_batch=200, max_prompt_tokens=512)
     problems, prompts, thoughts, tails, _ = latent_grpo.take_worked(lm, stream, 0, args)
     for problem, prompt, thought, tail in zip(problems, prompts, thoughts, tails, strict=True):
@@ -1304,4 +1304,4 @@ def test_worked_examples_of_gsm8k_and_the_prompts_ending():
         assert lm.tokenizer.decode(tail) == f"</think>\\boxed{{{problem.answer}}}<|endoftext|>" and tail[0] == 522
         text = lm.tokenizer.decode(thought)
         assert text.startswith("<<") and text.count("<<") == problem.solution.count("<<")
-        assert common.verify(lm.tokenizer.decode(tail[:-1]), problem) == (1.0, 1.0)
+        assert engine.verify(lm.tokenizer.decode(tail[:-1]), problem) == (1.0, 1.0)

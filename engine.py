@@ -1,6 +1,7 @@
-"""What the three methods share and what is not the method: problems, verifier, models, decoding, logs, checkpoints.
+"""Temporary: the shared engine of latent_grpo.py and dlr.py, until these are rewritten on common.py as lepo.py is.
 
-Read a method script first (lepo.py); come here for the details that it takes for granted. In order:
+What the two methods share and what is not the method: problems, verifier, models, decoding, logs, checkpoints.
+Read a method script first; come here for the details that it takes for granted. In order:
 1. errors, interrupts and several processes, 2. problems, 3. the verifier, 4. models, 5. decoding from embeddings, its
 exact replay and the log-probabilities of what was executed, 6. pass@k, run folders and checkpoints.
 
