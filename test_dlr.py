@@ -1,6 +1,7 @@
 """Proofs of dlr.py: every formula against something that does not share its code.
 
-    pytest test_dlr.py                      # everything, about two minutes
+    pytest test_dlr.py                      # the formulas and short runs, less than a minute
+    pytest test_dlr.py -m slow              # two minutes: learning, processes, interrupts, controls, real data
     pytest test_dlr.py -k contrastive       # one subject
 
 In the order of dlr.py: the policy and the projection, decoding, rewards and the filter, densities and losses, the
@@ -936,6 +937,7 @@ def test_what_the_warm_up_and_what_rl_is_credited_with(tmp_path, capsys):
     assert json.loads((tmp_path / "result.json").read_text()) == result | {"args": {"seed": 3}}
 
 
+@pytest.mark.slow
 def test_the_warm_up_lowers_the_cross_entropy(tmp_path, capsys):
     dlr.main([*QUICK, "--steps", "0", "--sft_steps", "25", "--sft_batch", "32", "--eval_every", "0", "--out",
               str(tmp_path / "run")])  # fmt: skip
@@ -959,6 +961,7 @@ def test_same_seed_same_log_and_the_contract_of_the_last_line(tmp_path, capsys):
     assert (tmp_path / "a/log.jsonl").read_bytes() != (tmp_path / "c/log.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how, rows", [(signal.SIGKILL, 3), (signal.SIGTERM, 1), (signal.SIGINT, 5)])
 def test_killed_and_resumed_equals_uninterrupted(tmp_path, how, rows, capsys):
     """In the warm-up and in RL, with a value head and a reference."""
@@ -1008,6 +1011,7 @@ def test_stopping_between_the_stages_loses_nothing(tmp_path, capsys, monkeypatch
     assert rows_of(tmp_path / "run") == rows_of(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [[*BOTH], [*QUICK, "--filter", "prescreen", "--share", "0.75"],
                                    [*QUICK, "--filter", "postfilter", "--policy", "autoregressive"]])  # fmt: skip
 def test_two_processes_are_one(flags, tmp_path, capsys):
@@ -1087,6 +1091,7 @@ def test_out_of_memory_saves_and_resume_repeats_the_step(tmp_path, capsys, monke
     assert (tmp_path / "run/log.jsonl").read_bytes() == (tmp_path / "whole/log.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_every_switch_runs(tmp_path, capsys):
     """Settings that no other test runs through the script."""
     for i, flags in enumerate((
@@ -1099,6 +1104,7 @@ def test_every_switch_runs(tmp_path, capsys):
         assert math.isfinite(last_line(capsys)["greedy"])
 
 
+@pytest.mark.slow
 def test_controls(tmp_path, capfd):
     dlr.main([*QUICK, "--group_size", "16", "--controls", "--out", str(tmp_path / "run")])
     out = capfd.readouterr().out.splitlines()
@@ -1195,6 +1201,7 @@ def test_more_processes_than_problems_is_said(tmp_path, monkeypatch):
         dlr.rl_step(main, None, None, None, None, stream, {"step": 0, "position": 0}, args, None)
 
 
+@pytest.mark.slow
 def test_the_default_learns(tmp_path, capsys):
     """A short run of the default settings, enough to see that RL finds more than one note for everybody."""
     dlr.main(["--steps", "30", "--eval_problems", "128", "--eval_samples", "2", "--show_every", "0", "--eval_every",
@@ -1204,6 +1211,7 @@ def test_the_default_learns(tmp_path, capsys):
     assert result["greedy"] > 0.4 and result["greedy"] > result["zeroed"] + 0.2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (SHARED / "tokenizers/qwen2.5").is_dir() or not (SHARED / "data/gsm8k").is_dir(),
                     reason="needs the Qwen2.5 tokenizer and GSM8K beside the checkout, in ../shared")  # fmt: skip
 def test_real_tokenizer_and_gsm8k(tmp_path, capsys, monkeypatch):

@@ -1,6 +1,7 @@
 """Proofs of latent_grpo.py: every formula against something that does not share its code.
 
-    pytest test_latent_grpo.py               # everything, about two minutes
+    pytest test_latent_grpo.py               # the formulas and short runs, half a minute
+    pytest test_latent_grpo.py -m slow       # two minutes: learning, processes, interrupts, real data
     pytest test_latent_grpo.py -k mask       # one subject
 
 In the order of latent_grpo.py: the latent token, the rollout and its replay, advantages, the surrogate, the update,
@@ -1064,6 +1065,7 @@ def test_same_seed_same_log_and_the_contract_of_the_last_line(tmp_path, capsys):
     assert (tmp_path / "a/log.jsonl").read_bytes() != (tmp_path / "c/log.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how, rows", [
     (signal.SIGKILL, 3), (signal.SIGTERM, 1), (signal.SIGTERM, 5), (signal.SIGINT, 9), (signal.SIGKILL, 11),
 ])  # fmt: skip
@@ -1110,6 +1112,7 @@ UNEVEN = ["--prompts_per_step", "3", "--eval_problems", "7", "--sft_batch", "5",
           "code", "--lr", "1e-5"]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [[*BOTH, *UNEVEN], [*ENCODER, *UNEVEN, "--label_steps", "3"]])
 def test_two_processes_are_one(flags, tmp_path, capsys):
     """All stages, over numbers that two cannot share evenly; equal but for the order in which numbers were added."""
@@ -1236,6 +1239,7 @@ def test_stages_and_model_of_a_run_cannot_change(tmp_path, capsys):
             latent_grpo.main(["--resume", str(tmp_path / "run"), *flags])
 
 
+@pytest.mark.slow
 def test_every_switch_runs(tmp_path, capsys):
     """Settings that no other test runs through the script."""
     for i, flags in enumerate((
@@ -1251,6 +1255,7 @@ def test_every_switch_runs(tmp_path, capsys):
         assert math.isfinite(last_line(capsys)["greedy"])
 
 
+@pytest.mark.slow
 def test_the_shipped_latent_model_learns(tmp_path, capsys):
     """A short run of the default settings, far from enough for README's numbers and enough to see the sign."""
     latent_grpo.main(["--steps", "60", "--lr", "2e-4", "--eval_problems", "256", "--eval_samples", "2", "--show_every",
@@ -1260,6 +1265,7 @@ def test_the_shipped_latent_model_learns(tmp_path, capsys):
     assert result["exit_rate"] > 0.98
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (SHARED / "tokenizers/qwen2.5").is_dir() or not (SHARED / "data/gsm8k").is_dir(),
                     reason="needs the Qwen2.5 tokenizer and GSM8K beside the checkout, in ../shared")  # fmt: skip
 @pytest.mark.parametrize("labels", ["chunk", "encoder"])
@@ -1292,6 +1298,7 @@ def test_real_tokenizer_and_gsm8k(labels, tmp_path, capsys, monkeypatch):
     assert all(row["grad_norm"] > 0 for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (SHARED / "tokenizers/qwen2.5").is_dir() or not (SHARED / "data/gsm8k").is_dir(),
                     reason="needs the Qwen2.5 tokenizer and GSM8K beside the checkout, in ../shared")  # fmt: skip
 def test_worked_examples_of_gsm8k_and_the_prompts_ending():
