@@ -886,19 +886,20 @@ def run_controls(args, result, folder):
 
     same = flags(sorted(vars(args).keys() - {"controls", "out", "resume", "gradient_checkpointing"}))
     few = max(2, round(args.share * args.group_size))
-    shared = ["model", "data", "eval_data", "kind", "seed", "device", "eval_problems", "eval_samples", "eval_every",
-              "max_new_tokens", "max_prompt_tokens", "prompts_per_step"]  # fmt: skip
+    shared = ["model", "data", "kind", "seed", "device", "eval_problems", "eval_samples", "eval_every", "max_new_tokens",
+              "prompts_per_step"]  # fmt: skip
+    shared = [x for name in shared for x in (f"--{name}", str(getattr(args, name)))]
     updates = round(result["main_decodes"] / (args.prompts_per_step * 8))
     commands = {
         "one_prompt": ["dlr.py", *same, "--policy", "prompt"],
         f"plain_{few}": ["dlr.py", *same, "--filter", "all", "--group_size", str(few)],
-        "grpo": ["lepo.py", *flags(shared), "--latent_steps", "0", "--group_size", "8", "--steps", str(updates)],
+        "grpo": ["lepo.py", *shared, "--latent_steps", "0", "--group_size", "8", "--steps", str(updates)],
     }
     rows = {"this run": result}
     for name, (script, *given) in commands.items():
         path = folder / name
         if not (path / "result.json").exists():
-            begun = (path / "checkpoint.safetensors").exists()
+            begun = any(path.glob("checkpoint.*"))
             command = [script, "--resume", path] if begun else [script, *given, "--out", path]
             print("control:", "python", *command, flush=True)
             # Not subprocess.run: after Ctrl-C that would kill the control before it has saved itself.

@@ -1,606 +1,399 @@
-r"""LEPO, Latent Reasoning Policy Optimization (arXiv 2604.17892), end to end in one file.
+r"""LEPO, Latent Reasoning Policy Optimization (arXiv 2604.17892), in one file that is read from the top to the bottom.
 
-    python lepo.py                                       # the tiny model on a laptop CPU, under a minute
-    python lepo.py --model Qwen2.5-0.5B --data gsm8k     # one GPU
-    torchrun --nproc_per_node=8 lepo.py --model Qwen2.5-0.5B --data gsm8k     # eight
-    python lepo.py --latent_steps 0                      # the baseline: plain GRPO, exactly
+    python lepo.py                              # the tiny model on a laptop CPU, about a minute
+    python lepo.py --model Qwen2.5-0.5B         # GSM8K, one GPU; several: torchrun --nproc_per_node=8 lepo.py …
+    python lepo.py --latent_steps 0             # the baseline: plain GRPO, exactly
 
 A language model usually thinks in words: at every step it commits to one token. LEPO lets it think its first
-`latent_steps` steps in *soft tokens*, random mixtures of token embeddings, and only then write. The mixtures come
-from a Gumbel-Softmax, so a group of rollouts of one prompt explores different latent thoughts; a verifier reads
-the written part; and one policy gradient, the same formula at latent and written steps, makes the better ones likelier.
+`latent_steps` steps in *soft tokens*, random mixtures of token embeddings, and only then write text. The mixtures come
+from a Gumbel-Softmax, so the rollouts of one prompt explore different latent thoughts. A verifier reads the text, and
+one policy gradient, the same formula at latent and at text steps, makes the better thoughts likelier.
 
-At step t the model has seen the prompt q and the embeddings e_<t, and gives logits a_t over the vocabulary.
+At step t the model has seen the prompt q and the embeddings e_<t. It gives logits a_t over the vocabulary.
 
-  (1)  support:    C_t = top-k, then top-p of softmax(a_t / T);  l_k = log-probability of k, renormalised on C_t
-  (2)  soft token: z_t = softmax((l + g) / tau),  g_k ~ Gumbel(0, 1) iid
-  (3)  next input: e_t = sum_k z_tk E[k]
-       A written step is the limit tau -> 0 of (2): z_t is one-hot at argmax(l + g), which is an exact draw from
-       softmax(l) (the Gumbel-max trick), and e_t is that token's embedding.
-  (4)  advantage:  A_i = (r_i - mean_group r) / (std_group r + 1e-4),  r_i = 1 if the verifier accepts, else 0
-  (5)  log-probability of a step:  L_t(theta) = sum_k z_tk log pi_theta(k | q, e_<t)
-  (6)  objective:  rho_t = exp(L_t(theta) - L_t(theta_old)),
-       J = 1/(steps in the batch) sum_i sum_t min(rho_t A_i, clip(rho_t, 1-eps, 1+eps) A_i) - beta KL(pi, pi_start)
+  (1)  support:         C_t = top-k, then top-p of softmax(a_t / T);  l_k = log-probability of k, renormalised on C_t
+  (2)  soft token:      z_t = softmax((l + g) / tau),  g_k ~ Gumbel(0, 1) iid
+       A discrete token is the limit tau -> 0: all weight on argmax(l + g), which is an exact draw from softmax(l).
+  (3)  next input:      e_t = sum_k z_tk E[k]
+  (4)  advantage:       A_i = (r_i - mean_group r) / (std_group r + 1e-4),  r_i = 1 if the verifier accepts, else 0
+  (5)  log-probability: L_t(theta) = sum_k z_tk log pi_theta(k | q, e_<t)
+  (6)  objective:       J = 1/(steps in the batch) sum_i sum_t min(rho_t A_i, clip(rho_t, 1-eps, 1+eps) A_i) - beta KL,
+       rho_t = exp(L_t(theta) - L_t(theta_old)),  KL from the reference model to the policy
 
-(5) is the paper's unification: the executed mixture serves as a soft label. Its gradient with respect to the logits
-is A (z_t - pi_t), and with a one-hot z_t (5) is the log-probability of an ordinary token.
+(5) is the paper's unification: the executed mixture is a soft label. Its gradient with respect to the logits is
+z_t - pi_t, and with a one-hot z_t it is the log-probability of an ordinary token.
 
-What (5) is and is not. For tau > 0 it is not the log of a density: its mean score is E[z] - pi, not 0, so the
-gradient is biased. Measured on small vocabularies its direction is nearly right (cosine > .99 for smooth rewards)
-and only its scale shrinks with tau (0.8 at tau .3), while the exact densities, offered here as `--estimator
-concrete|gumbel`, are unbiased and pay about one unit of variance per candidate, however improbable. test_lepo.py
-proves each of these statements; `latent_log_prob` below is where to compare them line by line.
+What (5) is and is not. For tau > 0 it is not the log of a density: its mean score is E[z] - pi, not 0, so the gradient
+is biased. On small vocabularies its direction is nearly right (cosine > .99 for smooth rewards) and its scale shrinks
+with tau (0.8 at tau .3). The exact densities (`--estimator concrete|gumbel`) are unbiased and pay about one unit of
+variance per candidate, however improbable it is. test_lepo.py proves each of these statements.
 
 Differences from the official code (github.com/YuyanZhou/lepo, a TRL 0.21 trainer), and why:
-  - What the verifier reads. There, the argmax of the clean scores stands in as the "token" of a latent step: it is
-    parsed with the answer and its EOS ends the rollout, although the model may have been fed quite another mixture.
-    Here the heaviest candidate of the executed mixture stands in, for both. Reading only what was written
-    (`--verifier_reads written`) was measured: the same to the last digit where thoughts end before the answer, and far
-    worse where they can contain it (README), since a thought that ends with the right answer is called wrong. And
-    only with the stand-ins is the limit tau -> 0 plain GRPO in the reward, too.
-  - The ratio in (6). There, latent steps have none, and with the released settings it is 1 everywhere: on-policy
-    REINFORCE. Here both kinds of step use (6), which is the same at the first update of a batch and clips the later
-    ones when `--updates_per_batch` > 1. At latent steps rho is a pseudo-ratio (a geometric mean under z), no true one.
-  - Old and reference probabilities, where used, are computed from the executed mixtures; there, from the stand-ins.
-  - Temperature: (5) uses a_t / T at all steps; there, raw logits at latent steps. Equal at the paper's T = 1.
-  - Normaliser: one count of steps over the whole batch; there, a mean per rollout and then over rollouts, which
-    gives a step of a short rollout more weight.
-  - The embeddings e_t are rebuilt inside the graph with z_t constant, so E gets its gradient as an input as in any
-    language model; there, e_t is a cached constant.
-  - KL, off by default as in the released settings, is exact over the vocabulary; there, an estimate on stand-ins.
-  - Gaussian noise is scaled by the rms of log-probabilities; there, of logits, which depends on their arbitrary shift.
-Like there, (5) is scored by the full softmax although (1) samples from a filtered one.
+  1. The text of a latent step, for reward and end token, is the heaviest candidate of what was executed; there, the
+     argmax of the noise-free scores. (To read text steps alone: .30 instead of .86 where thoughts contain the answer.)
+  2. The verifier wants the answer in \boxed{}. There, math-verify also takes "the answer is 42".
+  3. Latent steps have the ratio of (6), a geometric mean under z and no true one. There, they have none, and with the
+     released settings all ratios are 1. At the first update of a batch the two agree.
+  4. Old and reference log-probabilities are those of the executed mixtures; there, of the stand-in tokens.
+  5. KL, off by default like there, is estimated by (L - L_ref)^2 / 2, whose gradient is that of the KL; there, by k3.
+  6. One loss denominator for the batch; there, a mean per rollout, which gives steps of short rollouts more weight.
+  7. e_t is rebuilt in the graph with z_t constant, so E learns as an input too; there, e_t is a constant.
+Like there, (5) takes the full softmax although (1) samples from a filtered one. Other noise (Gaussian, Dirichlet) is
+another line in `soft_token`; the paper found it worse.
 """
 
-import copy
-import itertools
-import json
+import argparse
 import math
-import os
 import time
-from dataclasses import replace
+from dataclasses import dataclass
 
 import torch
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import common
-from common import SoftToken, UserError
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 1.-2. Arguments. The method's defaults are the paper's (its Qwen2.5-3B run); sizes are for one GPU, with the paper's
-#       in the help. The tiny model needs other values, which TINY lists and `--help` shows.
+# --- 1. Flags: the method's are the paper's (its Qwen2.5-3B run); TINY is for the tiny model --------------------------
 
 TINY = dict(
-    data="tiny", latent_steps=12, tau=0.5, steps=100, prompts_per_step=32, max_new_tokens=40, lr=3e-4, warmup=5,
-    micro_batch=64, eval_problems=512, eval_every=10, show_every=20,
+    data="tiny", max_new_tokens=40, eval_problems=512, eval_every=10,
+    latent_steps=12,  # two of a chain's two to five operations
+    tau=0.5,  # of the paper's .3 to .6
+    lr=3e-4,  # the best of 1e-4, 3e-4, 6e-4: a small model takes larger steps
+    micro_batch=32,  # the fastest on two cores
 )  # fmt: skip
 
 
-def operations(text):
-    """'2-5' -> [2, 5]"""
-    low, _, high = text.partition("-")
-    return [int(low), int(high or low)]
-
-
-def build_parser():
-    about = "LEPO and, with --latent_steps 0, GRPO. The first page of the file explains both."
-    parser = common.Parser(usage="%(prog)s [flags]", description=about)
-
-    def flag(name, default, text, **options):
-        tiny_too = f"; tiny: {TINY[name]}" if name in TINY else ""
-        options = {"type": type(default)} | options
-        group.add_argument(f"--{name}", default=default, help=f"{text} [{default}{tiny_too}]", **options)
-
-    group = parser.add_argument_group("model and data")
-    flag("model", "tiny", "tiny, a local folder, a hub id, or a bare Qwen name")
-    flag("data", "gsm8k", "tiny, gsm8k, a .jsonl file, or a folder with train.jsonl and test.jsonl")
-    group.add_argument("--eval_data", help="as --data, or math500 [the test split of --data]")
-    flag("ops", "2-5", "built-in task: operations per chain, low-high", type=operations)
-    flag("kind", "mixed", "built-in task: signs in a chain", choices=["mixed", "plus", "minus", "single"])
-    flag("max_prompt_tokens", 512, "problems with longer prompts are passed over")
-
-    group = parser.add_argument_group("latent tokens")
-    flag("latent_steps", 64, "soft tokens before the written ones; 0 is plain GRPO")
-    flag("tau", 0.3, "Gumbel-Softmax temperature in (2), .3 to .6 in the paper; smaller is nearer to discrete tokens; "
-         "the strength of other noise")  # fmt: skip
-    flag("noise", "gumbel", "what makes latent steps random",
-         choices=["gumbel", "gaussian", "dirichlet", "multinomial", "none"])  # fmt: skip
-    flag("draws", 3, "tokens averaged by --noise multinomial")
-    flag("estimator", "soft", "log-probability of a latent step: (5), that of its argmax, or an exact density",
-         choices=["soft", "hard", "concrete", "gumbel"])  # fmt: skip
-    flag("verifier_reads", "all", "the text that is judged: of all steps (of a latent one its heaviest candidate), or "
-         "the written ones only", choices=["all", "written"])  # fmt: skip
-    flag("temperature", 1.0, "T in (1)")
-    flag("top_k", 30, "candidates kept in (1); 0 keeps the vocabulary")
-    flag("top_p", 0.95, "probability mass kept in (1)")
-
-    group = parser.add_argument_group("optimisation")
-    flag("steps", 100, "updates (paper: about 99); 0 only evaluates")
-    flag("prompts_per_step", 32, "P (paper: 128)")
-    flag("group_size", 8, "G, rollouts per prompt")
-    flag("max_new_tokens", 512, "cap on steps, latent ones included (paper: 2048)")
-    flag("updates_per_batch", 1, "passes over a batch; above 1, clipping acts")
-    flag("clip", 0.2, "eps in (6)")
-    flag("kl_coef", 0.0, "beta in (6); above 0 keeps a second model in memory")
-    flag("lr", 1e-6, "peak learning rate of AdamW; cosine decay")
-    flag("warmup", 3, "steps of linear warm-up (paper: 3 %% of all)")
-    flag("weight_decay", 0.1, "of AdamW, decoupled")
-    flag("grad_clip", 1.0, "largest gradient norm")
-    flag("micro_batch", 4, "rollouts per backward pass: memory, not results")
-    group.add_argument("--gradient_checkpointing", action="store_true", help="less memory in the update, more time")
-
-    group = parser.add_argument_group("evaluation and run")
-    flag("eval_problems", 256, "held-out problems; the standard error is 3 points at 256")
-    flag("eval_samples", 8, "samples per problem, k of pass@k")
-    flag("eval_every", 20, "steps between noise-free evaluations; 0: none between")
-    flag("show_every", 10, "steps between printed rollouts; 0: none")
-    flag("save_every", 20, "steps between checkpoints; Ctrl-C and SIGTERM save too")
-    flag("seed", 0, "of noise and training problems")
-    flag("device", "cuda" if torch.cuda.is_available() else "cpu", "cuda: bfloat16 compute; cpu: float32",
-         choices=["cuda", "cpu"])  # fmt: skip
-    group.add_argument("--out", help="run folder [a new one under runs/]")
-    group.add_argument("--resume", metavar="FOLDER", help="continue a run; flags beside it replace saved ones")
-    return parser
-
-
 def parse_args(argv=None):
-    """-> (args, state of the checkpoint to resume or None). Raises UserError on values that cannot work."""
-    parser = build_parser()
-    first, _ = parser.parse_known_args(argv)
-    state = common.read_checkpoint_state(f"{first.resume}/checkpoint.safetensors") if first.resume else None
-    parser.set_defaults(**(state["args"] if state else TINY if common.is_tiny(first.model) else {}))
-    args = parser.parse_args(argv)
-    done, begun = (state["step"], state["args"]) if state else (0, vars(args))
-    processes = int(os.environ.get("WORLD_SIZE", 1))  # from torchrun
-    at_least_1 = ["prompts_per_step", "micro_batch", "updates_per_batch", "draws", "eval_samples", "eval_problems"]
-    not_negative = ["steps", "latent_steps", "top_k", "clip", "lr", "weight_decay", "kl_coef", "warmup", "eval_every",
-                    "show_every", "save_every"]  # fmt: skip
-    checks = [
-        *((getattr(args, name) >= 1, f"--{name} must be at least 1") for name in at_least_1),
-        *((getattr(args, name) >= 0, f"--{name} cannot be negative") for name in not_negative),
-        (args.steps >= done, f"this run has done {done} steps: --steps must be at least that"),
-        (not (state and args.out), "--resume goes on in its own folder: leave --out away"),
-        ("latent_steps" in begun, f"{args.resume} holds a run of another script"),
-        (args.model == begun["model"], "--model cannot change in a run"),
-        (args.device == begun["device"], "--device cannot change in a run: each has a random generator of its own"),
-        (args.prompts_per_step >= processes,
-         f"--prompts_per_step must be at least the number of processes, {processes}"),
-        (processes == 1 or args.noise in ("gumbel", "none"),
-         "several processes share out Gumbel noise only: --noise gumbel, or one process"),
-        (args.group_size >= 2, "--group_size must be at least 2: an advantage compares rollouts"),
-        (args.latent_steps < args.max_new_tokens, "--latent_steps must leave --max_new_tokens room to write"),
-        (args.tau > 0 and args.temperature > 0, "--tau and --temperature must be above 0"),
-        (0 < args.top_p <= 1, "--top_p must be in (0, 1]"),
-        (args.grad_clip > 0, "--grad_clip must be above 0"),
-        (args.noise == "gumbel" or args.estimator in ("soft", "hard"),
-         f"--estimator {args.estimator} is the density of Gumbel noise: it needs --noise gumbel"),
-        (1 <= args.ops[0] <= args.ops[1] <= 8, "--ops must be low-high between 1 and 8, such as 2-5"),
-        (args.device == "cpu" or torch.cuda.is_available(), "--device cuda: no GPU found; use --device cpu"),
-    ]  # fmt: skip
-    for fine, message in checks:
-        if not fine:
-            raise UserError(message)
-    return args, state
+    parser = argparse.ArgumentParser(
+        prog="lepo.py", usage=argparse.SUPPRESS, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="LEPO and, with --latent_steps 0, GRPO. The first page of the file explains both.",
+        epilog=f"The tiny model has defaults of its own: {TINY}",
+    )  # fmt: skip
+    add, at_least = parser.add_argument, common.at_least
+    add("--latent_steps", type=at_least(0), default=64, help="soft tokens before the text; 0 is plain GRPO")
+    add("--tau", type=at_least(1e-3, float), default=0.3, help="of (2); smaller is nearer to discrete tokens")
+    add("--noise", default="gumbel", choices=["gumbel", "none"], help="none: latent steps are deterministic")
+    add("--estimator", default="soft", choices=["soft", "hard", "concrete", "gumbel", "none"], help="log-probability "
+        "of a latent step: (5), of its argmax, an exact density, or none: only text is trained")  # fmt: skip
+    add("--temperature", type=at_least(1e-3, float), default=1.0, help="T of (1)")
+    add("--top_k", type=at_least(0), default=30, help="candidates in (1); 0 keeps the vocabulary")
+    add("--top_p", type=at_least(0, float), default=0.95, help="probability mass in (1)")
+    add("--updates_per_batch", type=at_least(1), default=1, help="passes over a batch; from the second on, (6) clips")
+    add("--clip", type=at_least(0, float), default=0.2, help="eps of (6)")
+    add("--kl_coef", type=at_least(0, float), default=0.0, help="beta of (6); above 0 keeps a second model")
+    common.add_shared_flags(parser)
+    args = common.parse_args(parser, argv, TINY)
+    if args.latent_steps >= args.max_new_tokens:
+        parser.error("--latent_steps must be below --max_new_tokens: there has to be room for text")
+    if args.noise == "none" and args.estimator in ("concrete", "gumbel"):
+        parser.error(f"--estimator {args.estimator} is the density of noise: it needs --noise gumbel")
+    return args
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 3. The latent token, equations (1) and (2). Everything here is float32 and holds only the K candidates: the vocabulary
-#    is seen once, by topk.
+# --- 2. The soft token, (1) and (2): only K candidates, in float32; topk alone sees the vocabulary --------------------
 
 
-def support(logits, temperature, top_k, top_p):
-    """Equation (1). logits (B, V) -> ids (B, K) and log_probs (B, K), descending; -inf off the support.
+def support(logits, args):
+    """Equation (1). logits (B, V) -> candidates (B, K) and their log-probabilities (B, K), descending, -inf outside.
 
-    The smallest set of top_k whose mass reaches top_p survives: probabilities .6, .3, .1 at top_p .8 keep two, and the
-    two are renormalised to .67 and .33. Never empty.
+    The smallest set whose mass reaches top_p survives: .6, .3, .1 at top_p .8 keep two, renormalised to .67 and .33.
     """
-    values, ids = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]), dim=-1)  # (B, K)
-    values = values.float() / temperature  # (B, K)
+    values, candidates = logits.topk(min(args.top_k or logits.shape[-1], logits.shape[-1]), dim=-1)  # (B, K)
+    values = values.float() / args.temperature  # (B, K)
     probs = values.softmax(-1)  # (B, K)
-    outside = probs.cumsum(-1) - probs >= top_p  # the mass before a candidate already reaches top_p; never the first
-    outside[:, 0] = False
-    return ids, values.masked_fill(outside, -math.inf).log_softmax(-1)
+    outside = probs.cumsum(-1) - probs >= args.top_p  # (B, K) the mass before a candidate already reaches top_p
+    outside[:, 0] = False  # never empty
+    return candidates, values.masked_fill(outside, -math.inf).log_softmax(-1)
 
 
-def gumbel_noise(shape, generator, device):
-    """-log Exp(1) is Gumbel(0, 1). Some platforms can draw an exact 0 here, which would become infinite noise."""
-    exponential = torch.empty(shape, device=device).exponential_(generator=generator)
+def gumbel_noise(like, generator):
+    """-log Exp(1) is Gumbel(0, 1). Some platforms can draw an exact 0, which would become infinite noise."""
+    exponential = torch.empty_like(like).exponential_(generator=generator)
     return -exponential.clamp_(min=torch.finfo(torch.float32).tiny).log()
 
 
-def latent_token(ids, log_probs, gumbel, generator, args):
-    """Equation (2), or another kind of noise: candidates (B, K) -> SoftToken. `gumbel` None: the noise-free mixture.
+def soft_token(candidates, log_probs, gumbel, tau):
+    """Equation (2), at tau 0 its limit. All (B, K) -> ids, weights and scores l + g, (B, K) each; (B, 1) at tau 0.
 
-    The weights are made of a few float32 candidates and stay constants from here on: no gradient ever flows through
-    the noise, so the reward needs no derivative.
-
-    gaussian: normal noise on the log-probabilities, std = tau x their rms.  dirichlet: z ~ Dirichlet(tau x probs).
-    multinomial: z = token counts of `draws` draws / draws; then (5) times `draws` is exactly unbiased, if nothing was
-    filtered in (1).
+    Weights are constants from here on. No gradient flows through the noise, so the reward needs no derivative.
     """
-    probs = log_probs.exp()  # (B, K)
-    if args.noise in ("gumbel", "none"):
-        scores = log_probs if gumbel is None or args.noise == "none" else log_probs + gumbel
-        return SoftToken(ids, (scores / args.tau).softmax(-1), scores)
-    if gumbel is None:
-        return SoftToken(ids, probs, log_probs)
-    if args.noise == "gaussian":
-        finite = log_probs > -math.inf
-        rms = (log_probs.masked_fill(~finite, 0).square().sum(-1, keepdim=True) / finite.sum(-1, keepdim=True)).sqrt()
-        scores = log_probs + args.tau * rms * torch.randn(probs.shape, generator=generator, device=probs.device)
-        return SoftToken(ids, scores.softmax(-1), scores)
-    if args.noise == "dirichlet":
-        # A Dirichlet draw is a normalised Gamma draw; torch's distribution classes would not take our generator.
-        gamma = torch._standard_gamma(args.tau * probs, generator=generator).clamp(min=1e-30) * (probs > 0)
-        weights = gamma / gamma.sum(-1, keepdim=True)
-    else:
-        draws = probs.multinomial(args.draws, replacement=True, generator=generator)  # (B, draws)
-        share = torch.full_like(draws, 1 / args.draws, dtype=probs.dtype)
-        weights = torch.zeros_like(probs).scatter_add_(-1, draws, share)  # (B, K)
-    return SoftToken(ids, weights, log_probs)
+    scores = log_probs + gumbel  # (B, K)
+    if tau == 0:
+        best = scores.argmax(-1, keepdim=True)  # (B, 1)
+        return candidates.gather(-1, best), torch.ones_like(scores[:, :1]), scores.gather(-1, best)
+    return candidates, (scores / tau).softmax(-1), scores
 
 
-def written_token(ids, log_probs, gumbel):
-    """The limit tau -> 0: one id with weight 1, drawn by Gumbel-max; the most likely one without noise."""
-    choice = (log_probs if gumbel is None else log_probs + gumbel).argmax(-1, keepdim=True)  # (B, 1)
-    one = torch.ones_like(choice, dtype=torch.float32)
-    return SoftToken(ids.gather(-1, choice), one, torch.zeros_like(one))
+# --- 3. Rollout, (3) --------------------------------------------------------------------------------------------------
+# Soft tokens, then discrete ones until an end token or the cap. What was executed is stored, for an exact replay.
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 4. Rollout: `latent_steps` soft tokens, then written ones until a stop token or the cap. Equation (3) and the KV cache
-#    live in common.decode, which asks the function below for each step's token.
+@dataclass
+class Rollout:
+    """N = P * G trajectories of at most T steps; row n continues prompt n // G."""
+
+    prompts: list  # P lists of token ids
+    group_size: int  # G
+    ids: torch.Tensor  # (N, T, K) candidates; a discrete token uses one slot
+    weights: torch.Tensor  # (N, T, K) z of (2), 0 in unused slots
+    scores: torch.Tensor  # (N, T, K) l + g of (2), -inf in unused slots
+    tokens: torch.Tensor  # (N, T) the heaviest candidate of each step, which stands for it in the text
+    length: torch.Tensor  # (N,) steps executed, the end token included
+    ended: torch.Tensor  # (N,) bool, by an end token and not by the cap
 
 
-def rollout(lm, prompts, group_size, args, generator, latent_steps=None, noisy=True):
-    """group_size trajectories for each of P prompts -> common.Rollout with N = P * group_size rows. Of several
-    processes, each takes its share of the prompts."""
-    latent_steps = args.latent_steps if latent_steps is None else latent_steps
-    own, total, steps = common.share(len(prompts)), len(prompts) * group_size, 0
-
-    def choose(logits, t, rows):
-        nonlocal steps
-        steps = t + 1
-        ids, log_probs = support(logits, args.temperature, args.top_k, args.top_p)  # (B, K)
-        # Gumbel noise is drawn for the rows of all processes, running or not: a row's luck does not depend on when
-        # others end, nor on who computes it.
-        rows = rows + own.start * group_size
-        gumbel = gumbel_noise((total, ids.shape[1]), generator, logits.device)[rows] if noisy else None  # (B, K)
-        if t < latent_steps:
-            return latent_token(ids, log_probs, gumbel, generator, args)
-        return written_token(ids, log_probs, gumbel)
-
-    roll = common.decode(lm, prompts[own], group_size, args.max_new_tokens, choose)
-    common.synchronise(generator, steps)
-    return roll
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 5. Reward and advantages, equation (4). The verifier reads text and nothing else; a group compares rollouts of one
-#    prompt, so a prompt that all or none of them solve teaches nothing (advantage exactly 0).
-
-
-def texts_of(lm, roll, args, latent_steps=None):
-    """The text of each rollout that the verifier reads -> list of N str."""
-    latent_steps = args.latent_steps if latent_steps is None else latent_steps
-    first = 0 if args.verifier_reads == "all" else latent_steps
-    ids, lengths = roll.heaviest().tolist(), roll.length.tolist()
-    texts = [row[first:n] for row, n in zip(ids, lengths, strict=True)]
-    return lm.tokenizer.batch_decode(texts, skip_special_tokens=True) if texts else []
+def rollout(lm, prompts, group_size, args, generator, latent_steps, noise_free=False):
+    """G trajectories for each of P prompts -> Rollout. Noise-free, all of a prompt are equal."""
+    device, stop_ids = args.device, torch.tensor(lm.stop_ids, device=args.device)
+    slots = min(args.top_k or len(lm.table), len(lm.table)) if latent_steps else 1  # K
+    shape = len(prompts) * group_size, args.max_new_tokens, slots  # (N, T, K)
+    ids, weights = torch.zeros(shape, dtype=torch.long, device=device), torch.zeros(shape, device=device)
+    scores, tokens = torch.full(shape, -math.inf, device=device), torch.zeros_like(ids[..., 0])
+    length, ended = torch.zeros_like(ids[:, 0, 0]), torch.zeros_like(ids[:, 0, 0], dtype=torch.bool)
+    rows = torch.arange(shape[0], device=device)  # (B,) the trajectories that go on
+    with torch.inference_mode(), lm.autocast():
+        decoder = common.Decoder(lm, prompts, group_size, args.max_new_tokens)
+        logits = decoder.logits  # (N, V)
+        for t in range(args.max_new_tokens):
+            is_latent = t < latent_steps
+            candidates, log_probs = support(logits, args)  # (B, K) each
+            noisy = not noise_free and (args.noise == "gumbel" or not is_latent)
+            gumbel = gumbel_noise(log_probs, generator) if noisy else torch.zeros_like(log_probs)  # (B, K)
+            z_ids, z, z_scores = soft_token(candidates, log_probs, gumbel, args.tau if is_latent else 0)
+            heaviest = z_ids.gather(-1, z.argmax(-1, keepdim=True)).squeeze(-1)  # (B,)
+            k = z.shape[1]
+            ids[rows, t, :k], weights[rows, t, :k], scores[rows, t, :k] = z_ids, z, z_scores
+            tokens[rows, t], ended[rows], length[rows] = heaviest, torch.isin(heaviest, stop_ids), t + 1
+            going = (~ended[rows]).nonzero().squeeze(-1)  # (B',) of the B rows
+            if len(going) == 0 or t + 1 == args.max_new_tokens:
+                break
+            if len(going) < len(rows):
+                rows, z_ids, z = rows[going], z_ids[going], z[going]
+                decoder.keep(going)
+            logits = decoder.feed(common.mix_embeddings(lm.table, z_ids, z))  # equation (3), (B', V)
+    return Rollout(prompts, group_size, ids, weights, scores, tokens, length, ended)
 
 
-def score(texts, problems, group_size):
-    """(strict, flexible) rewards (P, G) of N = P * G texts, on the CPU."""
-    pairs = [common.verify(text, problems[n // group_size]) for n, text in enumerate(texts)]
-    return torch.tensor(pairs).reshape(-1, 2).T.reshape(2, len(problems), group_size)
+# --- 4. Reward and advantages, (4) ------------------------------------------------------------------------------------
+# The verifier reads text and nothing else. A prompt that all or none of its rollouts solve teaches nothing.
+
+
+def score(lm, roll, problems):
+    """-> N texts, and strict and flexible rewards, (P, G) each"""
+    rows = zip(roll.tokens.tolist(), roll.length.tolist(), strict=True)
+    texts = lm.tokenizer.batch_decode([tokens[:length] for tokens, length in rows], skip_special_tokens=True)
+    pairs = [common.verify(text, problems[n // roll.group_size]) for n, text in enumerate(texts)]
+    strict, flexible = torch.tensor(pairs, device=roll.ids.device).T.reshape(2, len(problems), roll.group_size)
+    return texts, strict, flexible
 
 
 def group_advantages(rewards):
-    """Equation (4): rewards (P, G) -> advantages (P, G), with the unbiased (n - 1) standard deviation.
+    """Equation (4): rewards (P, G) -> advantages (P, G), with the unbiased standard deviation.
 
     Rewards 1, 1, 0, 0 give .87, .87, -.87, -.87. A single right rollout among four gets 1.5 and the others -.5: what
-    succeeds rarely is pushed harder. Four equal rewards give four zeros.
+    succeeds rarely is pushed harder.
     """
     return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 6. The log-probability of a trajectory's steps, equation (5) and its alternatives. The hidden states before each step
-#    come from common.replays; log-probabilities of the candidates from common.candidate_log_probs, which never holds
-#    the logits of all steps.
+# --- 5. Log-probability, (5) ------------------------------------------------------------------------------------------
+# One forward pass over prompt and executed embeddings gives, with equal weights, the logits of the rollout.
 
 
-def latent_log_prob(log_p, weights, scores, estimator, tau):
-    """Log-probability of executed mixtures under the current policy. All (…, K) -> (…).
+def step_log_probs(log_p, weights, scores, is_latent, args):
+    """Equation (5) and its alternatives for latent steps: log pi of the candidates, z, l + g, (M, K) each -> (M,)
 
-    log_p: log pi_theta of the candidates; weights: z; scores: l + g at rollout time, -inf off the support of size m.
-    Gradient with respect to the logits, w = softmax(l - tau log z) and u = exp(-(scores - l)):
-      soft      z - pi                  the paper; biased for tau > 0, least variance
+    Gradient with respect to the logits of m candidates, with w = softmax(l - tau log z) and v = 1 - exp(l - scores):
+      soft      z - pi                  the paper: biased for tau > 0, least variance
       hard      onehot(argmax z) - pi   zero mean; ignores that the mixture is soft
-      concrete  1 - m w                 exact density of z (Maddison et al. 2017, def. 1); E|.|^2 = m (m-1) / (m+1)
-      gumbel    v - pi sum(v), v = 1-u  exact density of l + g (SofT-GRPO); E|v|^2 = m
+      concrete  1 - m w                 exact density of z (Maddison et al. 2017); E|.|^2 = m (m - 1) / (m + 1)
+      gumbel    v - pi sum(v)           exact density of l + g (as in SofT-GRPO); E|v|^2 = m
+      none      0                       latent steps are executed, and only text is trained
     """
-    if estimator == "soft":
-        return (weights * log_p).sum(-1)
-    if estimator == "hard":
-        return log_p.gather(-1, weights.argmax(-1, keepdim=True)).squeeze(-1)
-    inside = scores > -math.inf  # (…, K)
-    log_p = log_p.masked_fill(~inside, -math.inf).log_softmax(-1).masked_fill(~inside, 0)  # l of (1), (…, K)
-    scores = scores.masked_fill(~inside, 0)  # (…, K)
-    if estimator == "gumbel":
-        margin = scores - log_p  # (…, K)
-        return ((-margin - (-margin).exp()) * inside).sum(-1)
-    # z itself would underflow where log z does not: log z = scores / tau - const, from the scores.
-    log_z = (scores / tau).masked_fill(~inside, -math.inf).log_softmax(-1).masked_fill(~inside, 0)  # (…, K)
-    m = inside.sum(-1)  # (…)
-    pull = (log_p - tau * log_z).masked_fill(~inside, -math.inf).logsumexp(-1)  # (…)
-    constant = m.float().lgamma() + (m - 1) * math.log(tau)  # (…)
-    return constant + ((log_p - (tau + 1) * log_z) * inside).sum(-1) - m * pull
+    soft = (weights * log_p).sum(-1)  # (M,) of a discrete token its log-probability, since its one weight is 1
+    if args.estimator == "soft":
+        return soft
+    inside = scores > -math.inf  # (M, K)
+    log_l = log_p.masked_fill(~inside, -math.inf).log_softmax(-1).masked_fill(~inside, 0)  # of (1), (M, K)
+    scores = scores.masked_fill(~inside, 0)
+    if args.estimator == "none":
+        latent = torch.zeros_like(soft)
+    elif args.estimator == "hard":
+        latent = log_p.gather(-1, weights.argmax(-1, keepdim=True)).squeeze(-1)
+    elif args.estimator == "gumbel":
+        latent = ((log_l - scores - (log_l - scores).exp()) * inside).sum(-1)
+    else:  # concrete, from the scores: z itself would underflow
+        m, tau = inside.sum(-1), args.tau  # (M,)
+        log_z = (scores / tau).masked_fill(~inside, -math.inf).log_softmax(-1).masked_fill(~inside, 0)  # (M, K)
+        pull = (log_l - tau * log_z).masked_fill(~inside, -math.inf).logsumexp(-1)  # (M,)
+        constant = m.float().lgamma() + (m - 1) * math.log(tau)  # (M,)
+        latent = constant + ((log_l - (tau + 1) * log_z) * inside).sum(-1) - m * pull
+    return torch.where(is_latent, latent, soft)
 
 
-def trajectory_log_probs(lm, roll, rows, hidden, args):
-    """Log-probabilities (B, T) of the steps of rows (B,), replayed as hidden (B, T, D); 0 behind a row's end."""
-    steps = hidden.shape[1]
-    executed = roll.mask()[rows, :steps]  # (B, T)
-    ids, weights, scores = (x[rows, :steps][executed] for x in (roll.ids, roll.weights, roll.scores))  # (M, K)
-    log_p = common.candidate_log_probs(lm, hidden[executed], ids, args.temperature)  # (M, K)
-    log_prob = (weights * log_p).sum(-1)  # (M,): (5) for both kinds of step, since a written token is one-hot
-    if args.estimator != "soft":
-        latent = latent_log_prob(log_p, weights, scores, args.estimator, args.tau)  # (M,)
-        is_latent = torch.arange(steps, device=ids.device).expand_as(executed)[executed] < args.latent_steps  # (M,)
-        log_prob = torch.where(is_latent, latent, log_prob)
-    return log_prob.new_zeros(executed.shape).masked_scatter(executed, log_prob)
+def replay(lm, roll, rows, args):
+    """Log-probabilities (B, T) of the executed steps of rows (B,) under lm, and their mask (B, T)
+
+    The embeddings are rebuilt in the graph: z is a constant of the trajectory, the table is a weight like any other.
+    """
+    steps, slots = int(roll.length[rows].max()), int((roll.scores[rows] > -math.inf).sum(-1).max())  # T and K in use
+    ids, weights, scores = (x[rows, :steps, :slots] for x in (roll.ids, roll.weights, roll.scores))  # (B, T, K)
+    prompt, prompt_mask = common.left_pad([roll.prompts[n // roll.group_size] for n in rows.tolist()], ids.device)
+    mask = torch.arange(steps, device=ids.device) < roll.length[rows, None]  # (B, T)
+    is_latent = (torch.arange(steps, device=ids.device) < args.latent_steps).expand_as(mask)  # (B, T)
+    with lm.autocast():
+        thought = common.mix_embeddings(lm.table, ids, weights)  # (B, T, D)
+        embeds = torch.cat([lm.table[prompt], thought], 1)[:, :-1]  # (B, L + T - 1, D), the last one is never fed
+        hidden = lm.hidden_states(embeds, torch.cat([prompt_mask, mask], 1)[:, :-1])[:, -steps:]  # (B, T, D)
+        log_p = common.candidate_log_probs(hidden[mask], lm.head, ids[mask], args.temperature)  # (M, K), M executed
+    log_probs = step_log_probs(log_p, weights[mask], scores[mask], is_latent[mask], args)  # (M,)
+    return torch.zeros(mask.shape, device=ids.device).masked_scatter(mask, log_probs), mask
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 7. Update, equation (6). Gradients accumulate over micro-batches of similar length, and over processes; the normaliser
-#    is counted once over the whole batch, so that cutting it differently gives the same update.
+# --- 6. Update, (6) ---------------------------------------------------------------------------------------------------
+# Gradients add up over micro-batches and ranks. One denominator: however a batch is cut, its update is the same.
 
 
-def surrogate(log_probs, old_log_probs, advantages, clip):
-    """The summand of (6) and where clipping acts: log_probs, old_log_probs (B, T), advantages (B, 1) -> (B, T) twice
+def clipped_objective(log_probs, old_log_probs, advantages, clip):
+    """The summand of (6), and where clipping acts: (B, T), (B, T), (B, 1) -> (B, T) each
 
     With eps .2, ratio 1.5 and A = 1 give 1.2 without a gradient: this step has been encouraged enough. Ratio 1.5 and
-    A = -1 give -1.5, unclipped: it has moved the wrong way and is pulled back in full.
+    A = -1 give -1.5: it has moved the wrong way and is pulled back. exp would overflow, so ratios end at e^20.
     """
-    # Bounded before exp: an overflow would turn into inf * 0 = NaN in the masked sum.
-    ratio = (log_probs - old_log_probs).clamp(-10, 10).exp()  # (B, T)
+    ratio = (log_probs - old_log_probs).clamp(max=20).exp()  # (B, T)
     plain, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages  # (B, T)
     return torch.minimum(plain, clipped), clipped < plain
 
 
-def exact_kl(lm, hidden, start, start_hidden, temperature):
-    """KL(pi_theta || pi_start) at each step, over the whole vocabulary. Hidden states (M, D) twice -> (M,)"""
+def update(lm, ref, optimizer, roll, advantages, args):
+    """`updates_per_batch` optimiser steps on one batch, advantages (N,), `ref` for the KL -> metrics
 
-    def log_softmax(model, hidden):
-        hidden = hidden.to(common.compute_dtype(hidden.device))
-        return ((hidden @ model.head.to(hidden.dtype).T).float() / temperature).log_softmax(-1)  # (C, V)
-
-    def kl(hidden, start_hidden):
-        log_p = log_softmax(lm, hidden)  # (C, V)
-        with torch.no_grad():
-            log_q = log_softmax(start, start_hidden)  # (C, V)
-        return (log_p.exp() * (log_p - log_q)).sum(-1)  # (C,)
-
-    # Not kept for the backward pass but made again in it, a few hundred steps at a time: (M, V) never exists.
-    chunks = zip(hidden.split(256), start_hidden.split(256), strict=True)
-    return torch.cat([checkpoint(kl, *pair, use_reentrant=False) for pair in chunks])
-
-
-def update(lm, start, optimizer, roll, advantages, args):
-    """`updates_per_batch` optimiser steps on one batch; advantages (N,); `start` is the KL's reference. -> metrics
-
-    Rows with advantage 0 have gradient 0 and are left out of the arithmetic (not of the normaliser), unless a KL term
-    needs them. Raises UserError, before it is applied, when a gradient is not finite.
+    Rows without advantage have no gradient. They are left out here, but count in the denominator.
     """
-    rows = torch.arange(len(advantages)) if args.kl_coef else advantages.nonzero().squeeze(-1).cpu()  # (M,)
-    mask = roll.mask()  # (N, T)
-    used, written = mask[rows].sum(), mask[rows][:, args.latent_steps :].sum()  # steps of rows that teach something
-    counts = common.all_reduce(torch.stack([roll.length.sum(), used, written]).cpu())
-    normaliser, used, written = counts.tolist()  # every executed step of the batch, whatever process executed it
-    if not used:
-        return {"grad_norm": 0.0, "surprise": None, "clipped": 0.0, "kl": 0.0}
-    old = {}  # log-probabilities under theta_old, by micro-batch, kept from the first pass
-    sums = torch.zeros(3, device=advantages.device)  # of clipped steps, KL and surprise; read only at the end
+    rows = (advantages != 0).nonzero().squeeze(-1) if ref is None else torch.arange(len(advantages))  # (M,)
+    batches = rows[roll.length[rows].argsort(stable=True)].split(args.micro_batch) if len(rows) else ()  # of one length
+    denominator = common.all_reduce(roll.length.sum().float())
+    old, sums = {}, torch.zeros(5, device=roll.length.device)
     for _ in range(args.updates_per_batch):
         optimizer.zero_grad()
-        replays = common.replays(lm, roll, rows, args.micro_batch, args.gradient_checkpointing)
-        at_start = common.replays(start, roll, rows, args.micro_batch) if args.kl_coef else itertools.repeat((0, 0))
-        for i, ((micro, hidden), (_, start_hidden)) in enumerate(zip(replays, at_start, strict=False)):
-            log_probs = trajectory_log_probs(lm, roll, micro, hidden, args)  # (B, T)
-            valid = mask[micro, : log_probs.shape[1]]  # (B, T)
-            old_log_probs = old.setdefault(i, log_probs.detach())  # (B, T)
-            gain, clipped = surrogate(log_probs, old_log_probs, advantages[micro, None], args.clip)  # (B, T)
-            loss, kl = -(gain * valid).sum() / normaliser, torch.zeros_like(sums[0])
-            if args.kl_coef:
-                kl = exact_kl(lm, hidden[valid], start, start_hidden[valid], args.temperature).sum() / normaliser
-                loss = loss + args.kl_coef * kl
+        for i, micro in enumerate(batches):
+            log_probs, mask = replay(lm, roll, micro, args)  # (B, T) each
+            old.setdefault(i, log_probs.detach())  # of theta_old: the first pass
+            gain, clipped = clipped_objective(log_probs, old[i], advantages[micro, None], args.clip)  # (B, T)
+            kl = torch.zeros_like(gain)  # (B, T)
+            if ref is not None:
+                with torch.no_grad():
+                    ref_log_probs, _ = replay(ref, roll, micro, args)  # (B, T)
+                kl = (log_probs - ref_log_probs) ** 2 / 2
+            loss = -((gain - args.kl_coef * kl) * mask).sum() / denominator
             loss.backward()
-            surprise = -(log_probs * valid)[:, args.latent_steps :].sum()
-            sums += torch.stack([(clipped & valid).sum(), kl, surprise]).detach()
+            nll, is_text = -log_probs[:, args.latent_steps :].sum(), mask[:, args.latent_steps :].sum()
+            sums += torch.stack([(clipped & mask).sum(), (kl * mask).sum(), mask.sum(), nll, is_text]).detach()
         common.reduce_gradients(lm.model)
-        grad_norm = torch.nn.utils.clip_grad_norm_(lm.model.parameters(), args.grad_clip).item()
-        if not math.isfinite(grad_norm):
-            raise UserError("the gradient is not finite and was not applied; the run is saved: --resume it, "
-                            "with a lower --lr, and it goes on with the next batch")  # fmt: skip
+        grad_norm = torch.nn.utils.clip_grad_norm_(lm.model.parameters(), 1.0)  # the paper's bound
+        if not grad_norm.isfinite():
+            raise common.UserError("the gradient is not finite and was not applied; --resume with a lower --lr")
         optimizer.step()
-    passes = args.updates_per_batch
-    clipped, kl, surprise = (common.all_reduce(sums) / passes).tolist()
-    return {"grad_norm": grad_norm, "surprise": surprise / max(written, 1), "clipped": clipped / used, "kl": kl}
+    clipped, kl, steps, nll, text = common.all_reduce(sums).tolist()
+    means = {"clipped": clipped / max(steps, 1), "kl": kl / max(steps, 1), "nll": nll / max(text, 1)}
+    return {"grad_norm": grad_norm.item()} | means
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 8. Evaluation, always on the same held-out problems and with its own noise, so that it never disturbs training:
-#    noise-free pass@1, sampled pass@1 and pass@k, and noise-free with the latent steps switched off.
+# --- 7. Evaluation and samples: always the same held-out problems, with noise of their own ----------------------------
 
 
-def evaluate(lm, held_out, args, full):
-    """held_out: (problems, prompts). `full` adds the sampled scores and the run without latents. -> dict"""
-    problems, prompts = held_out
-    generator = torch.Generator(args.device).manual_seed(12345)
+def evaluate(lm, problems, args, full):
+    """Noise-free accuracy and length; `full`: also sampled, and noise-free without latent steps -> dict"""
+    generator = torch.Generator(args.device).manual_seed(12345 + common.RANK)
+    mine = problems[common.RANK :: common.RANKS]
 
-    def run(name, group_size, latent_steps, noisy):
-        # As many rows at once as a training rollout has: a KV cache that fits there fits here.
-        size, parts = max(1, args.prompts_per_step * args.group_size // group_size), []
-        for i in common.progress(range(0, len(prompts), size), desc=f"evaluating: {name}", leave=False):
-            batch = problems[i : i + size]
-            roll = rollout(lm, prompts[i : i + size], group_size, args, generator, latent_steps, noisy)
-            own = batch[common.share(len(batch))]
-            scores = score(texts_of(lm, roll, args, latent_steps), own, group_size)  # (2, P, G)
-            lengths = roll.length.cpu().float().view(1, len(own), group_size)
-            parts.append(torch.cat([scores, lengths]))
-        return torch.cat(parts, 1)  # (strict | flexible | length, P, G), of this process's share
+    def accuracy(name, samples, latent_steps, noise_free):
+        """-> (strict | flexible | length, problems of this rank, samples)"""
+        size, parts = max(1, args.prompts_per_step * args.group_size // samples), []  # as large as a training batch
+        for i in common.progress(range(0, len(mine), size), desc=f"evaluating: {name}", leave=False):
+            part = mine[i : i + size]
+            prompts = [common.encode_prompt(lm.tokenizer, problem) for problem in part]
+            roll = rollout(lm, prompts, samples, args, generator, latent_steps, noise_free)
+            _, strict, flexible = score(lm, roll, part)
+            parts.append(torch.stack([strict, flexible, roll.length.view(len(part), samples).float()]))
+        return torch.cat(parts, 1)
 
-    greedy, flexible, length = map(common.mean, run("noise-free", 1, args.latent_steps, False))
-    result = {"greedy": greedy, "greedy_flexible": flexible, "length": length}
+    greedy = accuracy("noise-free", 1, args.latent_steps, True)
+    scores = dict(zip(["greedy", "greedy_flexible", "length"], map(common.mean, greedy), strict=True))
     if full:
-        k = args.eval_samples
-        sampled = run("sampled", k, args.latent_steps, True)  # (3, P, k)
-        counts = sampled[0].sum(1).int().tolist()
-        result |= {"sampled": common.mean(sampled[0]), "sampled_flexible": common.mean(sampled[1])}
-        result[f"pass@{k}"] = common.mean(torch.tensor([common.pass_at_k(k, c, k) for c in counts]))
-        off = common.mean(run("latents off", 1, 0, False)[0]) if args.latent_steps else greedy
-        result["greedy_no_latents"] = off
-    return result
+        sampled = accuracy("sampled", args.eval_samples, args.latent_steps, False)
+        scores |= {"sampled": common.mean(sampled[0]), "sampled_flexible": common.mean(sampled[1])}
+        scores[f"pass@{args.eval_samples}"] = common.mean(sampled[0].amax(1))  # any of the samples
+        scores["greedy_no_latents"] = common.mean(accuracy("without latents", 1, 0, True)[0])
+    return {key: round(value, 4) for key, value in scores.items()}
 
 
-def describe(lm, roll, n, problem, text, reward, latent_steps):
-    """A rollout that a person can read: each latent token as its heaviest candidates with their weights. -> str"""
-    lines = [f"    {problem.question}"]
-    for t in range(min(latent_steps, int(roll.length[n]))):
-        pairs = sorted(zip(roll.weights[n, t].tolist(), roll.ids[n, t].tolist(), strict=True), reverse=True)[:4]
-        candidates = "  ".join(f"{lm.tokenizer.decode([i])!r} {w:.2f}" for w, i in pairs if w >= 0.005)
-        lines.append(f"    latent {t + 1:2d}  {candidates}")
-    lines.append(f"    text       {text.strip()!r}")
-    lines.append(f"    reward {reward:.0f}, the answer is {problem.answer}")
-    return "\n".join(lines)
+def measure(roll, strict, flexible, advantages, args):
+    """What a batch of rollouts looked like -> dict of means over all ranks"""
+    values = {"reward": strict, "flexible": flexible, "zero_advantage": advantages == 0, "length": roll.length}
+    values["ended"] = roll.ended
+    if args.latent_steps:
+        z = roll.weights[:, : args.latent_steps]  # (N, latent steps, K)
+        values["effective_k"] = 1 / z.square().sum(-1)[z.sum(-1) > 0]  # (executed latent steps,), 1 if z is one-hot
+    return {name: common.mean(value) for name, value in values.items()}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 9. main: evaluate, train, evaluate. State that must survive an interruption is the weights, the optimiser, the
-#    generator and the numbers in `state`; everything else follows from the arguments.
+def describe(lm, roll, problems, texts, strict, args):
+    """The rollout with the softest thoughts: each latent token as its heaviest candidates with their weights -> str"""
+    z = roll.weights[:, : args.latent_steps]  # (N, latent steps, K)
+    n = int((z.sum(-1) - z.amax(-1)).sum(1).argmax())
+    problem, lines = problems[n // roll.group_size], []
+    for t in range(min(args.latent_steps, int(roll.length[n]))):
+        top, slots = z[n, t].topk(min(4, z.shape[2]))
+        words = [lm.tokenizer.decode([i]) for i in roll.ids[n, t, slots].tolist()]
+        pairs = [f"{word!r} {w:.2f}" for word, w in zip(words, top.tolist(), strict=True) if w > 0.005]
+        lines.append(f"latent {t + 1:2d}  " + "  ".join(pairs))
+    lines += [f"text       {texts[n].strip()!r}", f"reward {strict.flatten()[n]:.0f}, the answer is {problem.answer}"]
+    return "\n    ".join([problem.question, *lines])
 
 
-def learning_rate(step, args):
-    """Linear warm-up, then cosine towards 0 after the last step."""
-    if step < args.warmup:
-        return args.lr * (step + 1) / args.warmup
-    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - args.warmup) / max(1, args.steps - args.warmup)))
-
-
-def train_step(lm, start, optimizer, stream, state, args, generator):
-    """One round of sections 4 to 7 -> (log row, timing row, a readable sample); advances `state`."""
-    began, step = time.time(), state["step"]
-    problems, prompts, position = common.take(
-        stream, state["position"], args.prompts_per_step, lm.tokenizer, args.max_prompt_tokens
-    )
-    roll = rollout(lm, prompts, args.group_size, args, generator)
-    problems = problems[common.share(len(problems))]
-    texts = texts_of(lm, roll, args)
-    strict, flexible = score(texts, problems, args.group_size)  # (P, G) each
-    advantages = group_advantages(strict).flatten().to(args.device)  # (N,)
-    rolled = time.time()
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, args)
-    state |= {"step": step + 1, "position": position}  # before the update: one that fails is not tried again
-    metrics = update(lm, start, optimizer, roll, advantages, args)
-    is_latent = roll.mask()[:, : args.latent_steps]  # (N, latent steps)
-    weights = roll.weights[:, : args.latent_steps]  # (N, latent steps, K)
-    effective_k = 1 / weights[is_latent].square().sum(-1)  # (latent steps executed,)
-    row = {
-        "step": step,
-        "reward": common.mean(strict),
-        "flexible": common.mean(flexible),
-        "length": common.mean(roll.length),
-        "stopped": common.mean(roll.stopped),
-        "zero_advantage": common.mean(advantages == 0),
-        "effective_k": common.mean(effective_k) if args.latent_steps else 1.0,
-        "lr": learning_rate(step, args),
-        **metrics,
-    }
-    timing = {
-        "step": step,
-        "seconds": time.time() - began,
-        "rollout_seconds": rolled - began,
-        "tokens_per_second": row["length"] * args.prompts_per_step * args.group_size / (rolled - began),
-    }
-    if not problems:  # so few are left that another process has them
-        return row, timing, ""
-    n = int(((1 - weights.amax(-1)) * is_latent).sum(1).argmax())  # the rollout with the softest thoughts is shown
-    problem, reward = problems[n // args.group_size], strict.flatten()[n].item()
-    return row, timing, describe(lm, roll, n, problem, texts[n], reward, args.latent_steps)
-
-
-def train(lm, start, stream, held_out, run, args):
-    """Steps until the last one or an interrupt. -> True when all steps are done"""
-    state = run.state
-    for _ in run.steps(args.steps, args.save_every, "training"):
-        # With one update per batch, weights are as they were until a step's last act: it can be taken back.
-        with run.attempt(undo=args.updates_per_batch == 1):
-            row, timing, sample = train_step(lm, start, run.optimizer, stream, state, args, run.generator)
-        done = state["step"]
-        if args.eval_every and done % args.eval_every == 0 and done < args.steps:
-            row["greedy"] = evaluate(lm, held_out, args, full=False)["greedy"]
-        run.write(row, timing)
-        if args.show_every and row["step"] % args.show_every == 0:
-            tqdm.write(sample)
-        tqdm.write(
-            f"step {row['step']:4d}  reward {row['reward']:.3f}  flexible {row['flexible']:.3f}"
-            f"  length {row['length']:5.1f}  zero-adv {row['zero_advantage']:.2f}  eff-k {row['effective_k']:.2f}"
-            f"  grad {row['grad_norm']:.3f}  {timing['seconds']:.2f} s"
-            + (f"  greedy {row['greedy']:.3f}" if "greedy" in row else "")
-        )
-    return state["step"] >= args.steps
+# --- 8. main: evaluate, train, evaluate -------------------------------------------------------------------------------
 
 
 def main(argv=None):
-    args, state = parse_args(argv)
-    began = time.time()
-    common.start_processes(args.device)
-    number, processes = common.process()
-    lm = common.load_model(args.model, args.device)
-    start = replace(lm, model=copy.deepcopy(lm.model).requires_grad_(False)) if args.kl_coef else None
-    generator = torch.Generator(args.device).manual_seed(args.seed)
-    optimizer = torch.optim.AdamW(
-        lm.model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay, fused=True
-    )
-    stream = common.load_problems(args.data, "train", args.seed, tuple(args.ops), args.kind) if args.steps else None
-    test = common.load_problems(args.eval_data or args.data, "test", 0, tuple(args.ops), args.kind)
-    held_out = common.take(test, 0, args.eval_problems, lm.tokenizer, args.max_prompt_tokens)[:2]
-
-    method = "lepo" if args.latent_steps else "grpo"
-    name = f"{method}-{common.Path(args.model).name}-seed{args.seed}"
-    folder = common.Path(args.resume) if args.resume else common.open_run(args.out, name) if number == 0 else None
-    size = sum(p.numel() for p in lm.model.parameters())
-    devices = f"{processes} x {args.device}" if processes > 1 else args.device
-    print(f"{args.model}: {size:,} parameters on {devices}; run folder {folder}")
-    if state:
-        common.load_checkpoint(f"{args.resume}/checkpoint.safetensors", lm.model, optimizer, generator)
-        began -= state["seconds"]
-        print(f"resuming at step {state['step']} of {args.steps}")
-    else:
-        state = {"step": 0, "position": 0, "before": evaluate(lm, held_out, args, full=True)}
-        print("before  " + "  ".join(f"{key} {value:.3f}" for key, value in state["before"].items()))
-    state["args"] = vars(args) | {"resume": None, "out": None}
-
-    with common.Run(folder, lm.model, optimizer, generator, state, began) as run:
-        if not train(lm, start, stream, held_out, run, args):
-            print(f"stopped at step {state['step']}; continue with: python lepo.py --resume {folder}")
-            return 130
-    after = evaluate(lm, held_out, args, full=True) if state["step"] else state["before"]
-    if number:
-        return 0
-    print("after   " + "  ".join(f"{key} {value:.3f}" for key, value in after.items()))
-    lm.model.save_pretrained(folder / "model")
-    lm.tokenizer.save_pretrained(folder / "model")
-    result = {"method": method, "model": args.model, "seed": args.seed, "steps": args.steps}
-    result |= {"seconds": time.time() - began} | after
-    result |= {f"{key}_before": value for key, value in state["before"].items()}
-    result = {key: round(value, 4) if isinstance(value, float) else value for key, value in result.items()}
-    (folder / "result.json").write_text(json.dumps(result | {"args": state["args"]}) + "\n")
-    print(json.dumps(result))
-    return 0
+    args = parse_args(argv)
+    common.start_ranks(args.device)
+    lm = common.load_model(args)
+    ref = common.load_model(args) if args.kl_coef else None
+    optimizer = torch.optim.AdamW(lm.model.parameters(), betas=(0.9, 0.99), weight_decay=0.1, fused=True)  # the paper's
+    generator, method = torch.Generator(args.device), "lepo" if args.latent_steps else "grpo"
+    common.take_problems(args, "train", 0, 1)  # a malformed line ends the run here, before it begins
+    held_out = common.take_problems(args, "test", 0, args.eval_problems)
+    run = common.Run(args, f"{method}-{common.Path(args.model).name}-seed{args.seed}")
+    first, before = run.restore(lm.model, optimizer) if args.resume else (0, evaluate(lm, held_out, args, full=True))
+    print(f"{sum(p.numel() for p in lm.model.parameters()):,} parameters, run folder {run.folder}\nbefore {before}")
+    for step in common.progress(range(first, args.steps), initial=first, total=args.steps, desc="training"):
+        if step % args.save_every == 0:
+            run.save(step, before, lm.model, optimizer)
+        # --- rollout. Noise and data follow from seed, step and rank: a resumed run goes on as it would have.
+        start, count = time.time(), args.prompts_per_step
+        generator.manual_seed(args.seed * 10**9 + step * 10**3 + common.RANK)
+        problems = common.take_problems(args, "train", step * count, count)[common.RANK :: common.RANKS]
+        prompts = [common.encode_prompt(lm.tokenizer, problem) for problem in problems]
+        roll = rollout(lm, prompts, args.group_size, args, generator, args.latent_steps)
+        # --- reward and advantages
+        texts, strict, flexible = score(lm, roll, problems)
+        advantages = group_advantages(strict).flatten()  # (N,)
+        # --- update
+        warmup = min(1, (step + 1) / max(1, 0.03 * args.steps))
+        optimizer.param_groups[0]["lr"] = args.lr * warmup * (1 + math.cos(math.pi * step / args.steps)) / 2
+        metrics = update(lm, ref, optimizer, roll, advantages, args)
+        # --- log
+        row = {"step": step, **measure(roll, strict, flexible, advantages, args), **metrics}
+        row["seconds"] = round(time.time() - start, 3)
+        if args.eval_every and (step + 1) % args.eval_every == 0:
+            row |= evaluate(lm, held_out, args, full=False)
+            tqdm.write(describe(lm, roll, problems, texts, strict, args))
+        run.log(row)
+        tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
+    run.save(args.steps, before, lm.model, optimizer)
+    after = evaluate(lm, held_out, args, full=True)
+    run.finish(lm, method, after | {f"{name}_before": value for name, value in before.items()})
 
 
 if __name__ == "__main__":
