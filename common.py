@@ -4,6 +4,7 @@ P prompts, G rollouts a prompt, N = P * G, B rows, L columns, T steps, K candida
 """
 
 import argparse
+import atexit
 import functools
 import json
 import logging
@@ -43,7 +44,6 @@ def at_least(low, kind=int):
         if not kind(text) >= low:
             raise argparse.ArgumentTypeError(f"must be at least {low}")
         return kind(text)
-
     return number
 
 
@@ -175,6 +175,7 @@ NUMBER = re.compile(r"-?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+|/0*[1-9]\d*)?|-?\$
 BRACES = functools.reduce(lambda inside, _: rf"(?:[^{{}}]|\{{{inside}*\}})", range(6), "[^{}]")  # balanced, six deep
 BOX = re.compile(rf"\\boxed\{{({BRACES}*)\}}")
 POOL = []  # the process that runs math_verify, once there is one
+atexit.register(POOL.clear)
 
 
 def to_number(text):
@@ -213,7 +214,7 @@ def verify(text, problem):
     found, numbers, truth = BOX.findall(text), NUMBER.findall(text), to_number(problem.answer)
     if problem.form == "think":
         found = re.findall(r"(?:</think>|^)\s*(\d+)\s*$", text)
-    if found and answers_equal(found[-1].strip(), problem.answer):
+    if found and found[-1].strip() and answers_equal(found[-1].strip(), problem.answer):
         return 1.0, 1.0
     return 0.0, float(bool(numbers) and truth is not None and to_number(numbers[-1]) == truth)
 
@@ -296,7 +297,6 @@ def candidate_log_probs(hidden, head, ids, temperature):
     def log_probs(hidden, ids):
         logits = F.linear(hidden, head).float() / temperature  # (chunk, V)
         return logits.gather(-1, ids) - logits.logsumexp(-1, keepdim=True)  # (chunk, K)
-
     chunk = max(1, 2**25 // len(head))
     parts = zip(hidden.split(chunk), ids.split(chunk), strict=True)
     return torch.cat([checkpoint(log_probs, *part, use_reentrant=False) for part in parts])

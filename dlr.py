@@ -886,8 +886,8 @@ def run_controls(args, result, folder):
 
     same = flags(sorted(vars(args).keys() - {"controls", "out", "resume", "gradient_checkpointing"}))
     few = max(2, round(args.share * args.group_size))
-    shared = ["model", "data", "kind", "seed", "device", "eval_problems", "eval_samples", "eval_every", "max_new_tokens",
-              "prompts_per_step"]  # fmt: skip
+    shared = ["model", "data", "kind", "seed", "device", "eval_problems", "eval_samples", "eval_every",
+              "max_new_tokens", "prompts_per_step"]  # fmt: skip
     shared = [x for name in shared for x in (f"--{name}", str(getattr(args, name)))]
     updates = round(result["main_decodes"] / (args.prompts_per_step * 8))
     commands = {

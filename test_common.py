@@ -1,60 +1,135 @@
-"""Proofs of common.py and tiny.py: the verifier, the data, pass@k, checkpoints, and the built-in task.
+"""Proofs of common.py and tiny.py: flags, ranks, data, the verifier, decoding, run folders, and the built-in task.
 
-    pytest test_common.py
+    pytest test_common.py            # half a minute
+    pytest test_common.py -m slow    # formula bombs, two processes, real tokenizer and data
 """
 
-import itertools
 import json
 import os
 import random
-import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may depend on a network
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test depends on a network
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: tests are about the CPU
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 import common
+import lepo
+import test_lepo as t
 import tiny
 from common import Problem, UserError
 
-SHARED = Path(__file__).parent.parent / "shared"
-needs_tokenizer = pytest.mark.skipif(
-    not (SHARED / "tokenizers/qwen2.5").is_dir(), reason="needs the Qwen2.5 tokenizer in ../shared/tokenizers"
-)
-needs_data = pytest.mark.skipif(not (SHARED / "data/gsm8k").is_dir(), reason="needs the data in ../shared/data")
+HERE = Path(__file__).parent
+SHARED = HERE.parent / "shared"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the Qwen2.5 tokenizer and data in ../shared")
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The verifier.
+# --- 1. Flags, errors, ranks ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags, mentioned", [
+    (["--tau", "0"], "--tau"), (["--group_size", "1"], "--group_size"), (["--latent_steps", "40"], "--latent_steps"),
+    (["--estimator", "gumbel", "--noise", "none"], "--noise"), (["--model", "no-such-model"], "no-such-model"),
+    (["--data", "nowhere"], "nowhere/train.jsonl"), (["--data", "{tmp}"], "train.jsonl, line 2"),
+    (["--out", "{tmp}/train.jsonl/run"], "train.jsonl"), (["--resume", "{tmp}"], "nothing to resume"),
+])  # fmt: skip
+def test_a_wrong_call_ends_with_one_line_and_exit_code_2(flags, mentioned, tmp_path, capsys):
+    (tmp_path / "train.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n{"question": 7}\n')
+    with pytest.raises(SystemExit) as stop:
+        common.run_main(lambda: lepo.main([flag.replace("{tmp}", str(tmp_path)) for flag in flags]))
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and "error: " in error and "\n" not in error and mentioned in error
+
+
+def test_defaults_are_the_papers_or_the_tiny_models_or_those_of_the_run_to_resume(tmp_path):
+    assert (lepo.parse_args(["--model", "any"]).latent_steps, lepo.parse_args([]).latent_steps) == (64, 12)
+    args = lepo.parse_args(["--tau", "0.7", "--out", str(tmp_path)])
+    common.Run(args, "lepo").save(3, {}, torch.nn.Linear(1, 1), torch.optim.SGD([torch.zeros(1)]))
+    again = lepo.parse_args(["--resume", str(tmp_path), "--seed", "5"])
+    assert (again.tau, again.seed, again.latent_steps) == (0.7, 5, 12)
+
+
+TWO_RANKS = """
+import sys, torch
+import common, lepo, test_lepo as t
+common.start_ranks("cpu")
+lm, args = t.random_model(), t.settings(micro_batch=3, kl_coef=0.1)
+whole, advantages = t.roll_out(lm, args), t.some_advantages()
+mine = torch.arange(12).view(3, 4)[common.RANK :: 2].flatten()  # prompts 0 and 2, prompt 1
+roll = lepo.Rollout(t.PROMPTS[common.RANK :: 2], 4, *(x[mine] for x in list(vars(whole).values())[2:]))
+for name, ref in {"kl": t.random_model(seed=7), "idle": None}.items():
+    torch.save(t.gradients(lm, roll, advantages[mine], args, ref), f"{sys.argv[1]}/{name}{common.RANK}")
+    advantages[4:8] = 0  # and now rank 1 has nothing to learn
+"""
+
+
+def torchrun(*command):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *map(str, command)]
+    done = subprocess.run(command, cwd=HERE, env=os.environ | {"PYTHONPATH": str(HERE)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_gradient_of_one(tmp_path):
+    """On the same rollouts, three prompts over two processes; with KL, and where one process has nothing to learn."""
+    (tmp_path / "script.py").write_text(TWO_RANKS)
+    torchrun(tmp_path / "script.py", tmp_path)
+    lm, args, advantages = t.random_model(), t.settings(micro_batch=3, kl_coef=0.1), t.some_advantages()
+    for name, ref in {"kl": t.random_model(seed=7), "idle": None}.items():
+        one = t.gradients(lm, t.roll_out(lm, args), advantages, args, ref)
+        for rank in "01":
+            t.assert_close(torch.load(tmp_path / f"{name}{rank}", weights_only=True), one)
+        advantages[4:8] = 0
+
+
+@pytest.mark.slow
+def test_two_processes_make_a_run(tmp_path):
+    out = torchrun("lepo.py", *t.QUICK, "--out", tmp_path / "run")
+    assert out.count("step 0 ") == 1  # rank 0 speaks
+    assert json.loads(out.strip().splitlines()[-1])["steps"] == 5 and len(t.rows_of(tmp_path / "run")) == 5
+
+
+@pytest.mark.slow
+@needs_shared
+def test_a_run_with_a_real_tokenizer_and_gsm8k(tmp_path, capsys):
+    """A random model with Qwen2.5's vocabulary: chat template, verifier, 151,936 logits, KL, two updates a batch."""
+    config = Qwen2Config(vocab_size=151_936, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(SHARED / "tokenizers/qwen2.5").save_pretrained(tmp_path / "model")
+    flags = ["--model", str(tmp_path / "model"), "--data", str(SHARED / "data/gsm8k"), "--latent_steps", "8", "--lr",
+             "1e-4", "--kl_coef", "0.1", "--updates_per_batch", "2", "--max_new_tokens", "24", "--compile"]  # fmt: skip
+    lepo.main([*t.QUICK, *flags, "--steps", "2", "--out", str(tmp_path / "run")])
+    result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert result["length"] > 8 and all(row["grad_norm"] > 0 for row in t.rows_of(tmp_path / "run"))
+
+
+# --- 2. Problems and verifier -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("a, b, equal", [
     ("1,234.0", "$1234", True), ("$5", "5", True), ("0.50", "1/2", True), ("-3", "3", False), ("50\\%", "50", True),
     (".5", "0.5", True), ("18.", "18", True), ("1/0", "1", False), ("12", "120", False), ("1e3", "1000", False),
-    ("1e999999999", "1", False), ("９", "9", False), ("", "0", False), ("1,2", "12", False),
-    ("12,345,678", "12345678", True),
+    ("1e999999999", "1", False), ("９", "9", False), ("", "0", False), ("1,2", "12", False), ("+7", "7", True),
+    ("12,345,678", "12345678", True), ("1.5/2", "3/4", False), ("-$2", "-2", True), ("9" * 61, "9" * 61, False),
 ])  # fmt: skip
 def test_numbers_are_compared_as_numbers(a, b, equal):
     x, y = common.to_number(a), common.to_number(b)
     assert (x is not None and x == y) is equal
 
 
-def test_last_boxed():
-    assert common.last_boxed(r"so \boxed{1} or \boxed{\frac{1}{2}} it is") == r"\frac{1}{2}"
-    assert common.last_boxed(r"\boxed{7} and then \boxed{8") == "7"
-    assert common.last_boxed(r"\boxed{\boxed{3}} }") == "3"
-    assert common.last_boxed("no box") is None
-    assert common.last_boxed(r"\boxed{" * 100_000) is None  # in no time
-
-
 @pytest.mark.parametrize("text, strict, flexible", [
     (r"It is \boxed{1,234}.", 1, 1), (r"\boxed{\$1234.00}", 1, 1), ("The answer is 1234.", 0, 1), ("$1,234.", 0, 1),
     (r"1234, no: \boxed{12}", 0, 0), ("", 0, 0), (r"\boxed{}", 0, 0), ("1234 and 5", 0, 0),
+    (r"\boxed{1} or \boxed{1234}", 1, 1), (r"\boxed{1234} and then \boxed{8", 1, 1), (r"\boxed{1234", 0, 1),
 ])  # fmt: skip
 def test_strict_and_flexible_scores(text, strict, flexible):
     assert common.verify(text, Problem("?", "1234")) == (strict, flexible)
@@ -62,229 +137,221 @@ def test_strict_and_flexible_scores(text, strict, flexible):
 
 @pytest.mark.parametrize("text, strict, flexible", [
     (" 17 + 5 = 22 </think> 22", 1, 1), (" 22", 1, 1), ("", 0, 0), (" 22 22", 0, 1), (" = 22", 0, 1),
-    (" 22 </think> 12", 0, 0), (" </think> 12 </think> 22", 1, 1),
+    (" 22 </think> 12", 0, 0), (" </think> 12 </think> 22", 1, 1), (" 22 </think>", 0, 1),
 ])  # fmt: skip
 def test_scores_of_the_built_in_task(text, strict, flexible):
     assert common.verify(text, Problem("?", "22", "think")) == (strict, flexible)
 
 
-def test_formulas_are_judged_by_math_verify():
-    pytest.importorskip("math_verify")
-    assert common.answers_equal(r"\frac{2}{4}", "0.5")
-    assert common.answers_equal(r"\left(3, \frac{\pi}{2}\right)", r"(3,\pi/2)")
-    assert common.answers_equal(r"2\sqrt{3}", r"\sqrt{12}")
-    assert not common.answers_equal(r"\sqrt{3}", r"\sqrt{2}")
-    assert not common.answers_equal(r"\frac{", "1")
-
-
-BOMBS = ["9^{9^{9^{9^9}}}", "{" * 150, "(" * 199, r"\sqrt" * 39, "10!!!!!!!!", "__import__('os').abort()"]
-
-
-@pytest.mark.parametrize("bomb", BOMBS)
-def test_no_answer_can_hang_or_run_anything(bomb, monkeypatch):
-    pytest.importorskip("math_verify")
-    monkeypatch.setattr(common.judge, "seconds", 1)
+def test_boxes_are_balanced_and_found_in_no_time():
+    assert common.BOX.findall(r"so \boxed{1} or \boxed{\frac{\sqrt{3}}{2^{n}}} }") == ["1", r"\frac{\sqrt{3}}{2^{n}}"]
     began = time.time()
-    assert not common.answers_equal(bomb, "7")
-    assert time.time() - began < 60  # most of it, if any, is the start of a new process
-    assert common.answers_equal(r"\frac{14}{2}", "7")  # and the judge still answers
+    assert not common.BOX.findall(r"\boxed{" * 100_000) and not common.BOX.findall(r"\boxed{" + "{x" * 100_000)
+    assert not common.NUMBER.findall("-" * 100_000) and time.time() - began < 5
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Problems.
-
-
-def test_rows():
-    assert common.parse_row({"question": " q ", "answer": "so\n#### 1,000"}, "x") == Problem("q", "1,000")
-    assert common.parse_row({"problem": "q", "answer": r"\pi", "solution": "…"}, "x") == Problem("q", r"\pi")
-    assert common.parse_row({"question": "q", "answer": 4}, "x").answer == "4"
-    assert common.parse_row({"question": "q", "answer": "so\n#### 4"}, "x").solution == "so\n#### 4"
-    assert common.parse_row({"problem": "q", "answer": "4", "solution": "<<2+2=4>>"}, "x").solution == "<<2+2=4>>"
-    answers = [{"question": "q", "answer": answer} for answer in (None, "", "two\nlines", True, ["1"])]
-    for row in [{}, [], "text", {"question": "q"}, {"question": "", "answer": "1"}, *answers]:
-        with pytest.raises(UserError, match="here:7"):
-            common.parse_row(row, "here:7")
-
-
-def test_malformed_files_name_the_line(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    good = '{"question": "q", "answer": "1"}'
-    cases = {f"{good}\n\n{{oops": "rows.jsonl:3: not JSON", "": "holds no problems", "[1]": "rows.jsonl:1"}
-    for content, message in cases.items():
-        path.write_text(content)
-        with pytest.raises(UserError, match=message):
-            common.read_jsonl(path)
-    path.write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(UserError, match="cannot read"):
-        common.read_jsonl(path)
-
-
-def test_a_single_file_is_split_and_every_epoch_is_a_permutation(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps({"question": f"q{i}", "answer": str(i)}) + "\n" for i in range(30)))
-    train, test = (common.load_problems(str(path), split, seed=3) for split in ("train", "test"))
-    assert (train.size, test.size) == (27, 3)
-    epochs = [[train[i].question for i in range(e * 27, (e + 1) * 27)] for e in range(2)]
-    assert sorted(epochs[0]) == sorted(epochs[1]) and epochs[0] != epochs[1]
-    assert not {test[i] for i in range(3)} & {train[i] for i in range(27)}
-    assert [train[i].question for i in range(27)] == epochs[0]  # going back gives the same again: resume relies on it
-
-
-def test_the_hub_path_with_the_real_library(tmp_path):
-    pytest.importorskip("datasets")
-    (tmp_path / "train.jsonl").write_text('{"question": "q", "answer": "#### 3"}\n')
-    assert common.load_hub_problems(str(tmp_path), None, "train") == [Problem("q", "3")]
-    with pytest.raises(UserError, match="cannot load the data set"):
-        common.load_hub_problems(str(tmp_path / "absent"), None, "train")
-
-
-@needs_data
-def test_every_real_answer_is_accepted_by_the_verifier():
+@pytest.mark.slow
+def test_formulas_are_judged_by_math_verify_and_none_can_hang_or_run_anything(capfd):
     pytest.importorskip("math_verify")
-    for name in ("gsm8k", "math500"):
-        rows = common.load_problems(str(SHARED / "data" / name), "test", 0)
-        assert rows.size == {"gsm8k": 1319, "math500": 500}[name]
-        for i in range(rows.size):
-            assert common.verify(f"It is \\boxed{{{rows[i].answer}}}.", rows[i])[0] == 1, rows[i]
+    assert common.answers_equal(r"\frac{2}{4}", "0.5") and common.answers_equal(r"2\sqrt{3}", r"\sqrt{12}")
+    assert common.answers_equal(r"\left(3, \frac{\pi}{2}\right)", r"(3,\pi/2)")
+    assert not common.answers_equal(r"\sqrt{3}", r"\sqrt{2}") and not common.answers_equal(r"\frac{", "1")
+    for bomb in ["9^{9^{9^{9^9}}}", "{" * 150, r"\sqrt" * 39, "10!!!!!!!!", "__import__('os').abort()"]:
+        began = time.time()
+        assert not common.answers_equal(bomb, "7") and time.time() - began < 60
+    assert common.answers_equal(r"\frac{14}{2}", "7")  # and the judge still answers
+    assert "".join(capfd.readouterr()) == ""
 
 
-@needs_data
-@needs_tokenizer
-def test_prompts_use_the_chat_template_and_long_ones_are_passed_over():
+def data(folder, rows, split="train"):
+    (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return SimpleNamespace(data=str(folder), seed=3, kind="mixed")
+
+
+def test_rows(tmp_path):
+    rows = [{"question": " q ", "answer": "so\n#### 1,000"}, {"problem": "p", "answer": r"\pi", "level": 5}]
+    problems = common.take_problems(data(tmp_path, [*rows, {"question": "r", "answer": 4}]), "train", 0, 10)
+    assert set(problems) == {Problem("q", "1,000"), Problem("p", r"\pi"), Problem("r", "4")} and len(problems) == 3
+
+
+@pytest.mark.parametrize("line", ["{oops", "[1]", '"text"', '{"question": "q"}', '{"question": 7, "answer": "1"}', "7"])
+def test_a_malformed_row_is_named_with_file_and_line(line, tmp_path):
+    (tmp_path / "test.jsonl").write_text('{"question": "q", "answer": "1"}\n' + line + "\n")
+    with pytest.raises(UserError, match=r"test\.jsonl, line 2"):
+        common.read_problems(str(tmp_path), "test", 0)
+
+
+def test_problems_follow_from_the_step_and_none_comes_twice_in_an_epoch(tmp_path):
+    args = data(tmp_path, [{"question": f"q{i}", "answer": i} for i in range(30)])
+    epoch = common.take_problems(args, "train", 0, 50)
+    assert len(epoch) == len(set(epoch)) == 30 and common.take_problems(args, "train", 60, 5) == epoch[:5]
+    assert common.take_problems(args, "train", 28, 4) == epoch[28:] + epoch[:2]  # over the end
+    assert [problem.question for problem in epoch] != [f"q{i}" for i in range(30)]
+    args.seed = 4
+    assert common.take_problems(args, "train", 0, 30) != epoch
+
+
+def test_the_hub_path_with_the_real_library(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "train.jsonl").write_text('{"question": "q", "answer": "#### 3"}\n')
+    load = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, config, split: load(str(tmp_path), split=split))
+    assert common.read_problems("gsm8k", "train", 0) == [Problem("q", "3")]
+    common.read_problems.cache_clear()
+
+
+def test_a_tokenizer_that_cannot_spell_is_refused():
+    tokenizer = AutoTokenizer.from_pretrained(HERE / "tiny")
+    with pytest.raises(UserError, match="cannot spell"):
+        common.encode_prompt(tokenizer, Problem("How many eggs are left?", "2"))
+
+
+@pytest.mark.slow
+@needs_shared
+def test_real_answers_are_accepted_and_prompts_use_the_chat_template():
+    pytest.importorskip("math_verify")
+    for name, count in {"gsm8k": 1319, "math500": 500}.items():
+        rows = common.read_problems(str(SHARED / "data" / name), "test", 0)
+        assert len(rows) == count
+        for row in rows:
+            assert common.verify(f"It is \\boxed{{{row.answer}}}.", row)[0] == 1, row
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "tokenizers/qwen2.5")
-    rows = common.load_problems(str(SHARED / "data/gsm8k"), "test", 0)
     text = tokenizer.decode(common.encode_prompt(tokenizer, rows[0]))
     assert rows[0].question in text and "\\boxed{}" in text and text.endswith("<|im_start|>assistant\n")
-    for ending in ("<think>", "\n"):  # added where the prompt does not end so by itself
-        text = tokenizer.decode(common.encode_prompt(tokenizer, rows[0], ending))
-        assert text.endswith("assistant\n<think>" if ending == "<think>" else "assistant\n")
-    problems, prompts, position = common.take(rows, 0, 20, tokenizer, 100)
-    assert len(problems) == 20 < position and max(map(len, prompts)) <= 100
-    everything, _, _ = common.take(rows, 0, 5000, tokenizer, 100)
-    assert 20 < len(everything) == len(set(everything)) < 1319  # nothing twice
-    with pytest.raises(UserError, match="max_prompt_tokens"):
-        common.take(rows, 0, 1, tokenizer, 3)
 
 
-@needs_tokenizer
-def test_stop_ids_of_qwen_unite_what_config_and_tokenizer_say():
-    tokenizer = AutoTokenizer.from_pretrained(SHARED / "tokenizers/qwen2.5")
-    one, several = SimpleNamespace(eos_token_id=151643), SimpleNamespace(eos_token_id=[151643])
-    model = SimpleNamespace(config=one, generation_config=several)
-    tokenizer.eos_token = "<|im_end|>"
-    assert common.find_stop_ids(model, tokenizer) == [151643, 151645]
-
+# --- 3. Model and decoding --------------------------------------------------------------------------------------------
 
 SMALL = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, head_dim=8)  # fmt: skip
+             num_key_value_heads=2, head_dim=8, pad_token_id=None, bos_token_id=None, eos_token_id=[1, 2])  # fmt: skip
 
 
 @pytest.mark.parametrize("kind, fine", [
     (dict(model_type="llama"), True), (dict(model_type="qwen3"), True), (dict(model_type="gpt2", n_embd=32), True),
-    (dict(model_type="mistral", sliding_window=4), False),  # attends to the last four only
-    (dict(model_type="qwen2", use_sliding_window=True, sliding_window=64, max_window_layers=0), False),
     (dict(model_type="gemma2", final_logit_softcapping=1.0), False),  # caps its logits and scales its embeddings
     (dict(model_type="granite", logits_scaling=3.0), False), (dict(model_type="phi"), False),  # a head with a bias
-    (dict(model_type="mamba"), False),
 ])  # fmt: skip
-def test_models_that_compute_something_else_are_recognised(kind, fine):
+def test_a_model_is_loaded_with_all_end_tokens_or_refused(kind, fine, tmp_path):
     torch.manual_seed(0)
-    config = AutoConfig.for_model(**{**SMALL, **kind})
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**SMALL, **kind}))
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.5)  # biases too, which start at 0
-    assert common.decodes_alike(common.LanguageModel(model, None, [1], 0)) is fine
+        for weight in model.parameters():
+            weight.normal_(0, 0.5)  # biases too, which start at 0
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(HERE / "tiny").save_pretrained(tmp_path)  # its <eos> is 1
+    args = SimpleNamespace(model=str(tmp_path), device="cpu", compile=False)
+    if fine:
+        lm = common.load_model(args)
+        assert lm.stop_ids == [1, 2] and lm.model.dtype == torch.float32 and not lm.model.training
+    else:
+        with pytest.raises(UserError, match="plain model"):
+            common.load_model(args)
 
 
-def test_model_names():
-    assert common.resolve_model("tiny").endswith("tiny") and common.is_tiny("tiny_latent")
-    assert common.resolve_model("Qwen2.5-0.5B") == "Qwen/Qwen2.5-0.5B"
-    assert common.resolve_model("meta-llama/Llama-3.2-1B") == "meta-llama/Llama-3.2-1B"
+def test_mixed_embeddings_and_left_padding():
+    table, ids = torch.randn(9, 4), torch.tensor([[[1, 2], [3, 3]]])
+    weights = torch.tensor([[[0.25, 0.75], [0.5, 0.5]]])
+    expected = torch.stack([0.25 * table[1] + 0.75 * table[2], table[3]])[None]
+    assert torch.allclose(common.mix_embeddings(table, ids, weights), expected)
+    ids, mask = common.left_pad([[5, 6], [7]], "cpu")
+    assert ids.tolist() == [[5, 6], [0, 7]] and mask.tolist() == [[1, 1], [0, 1]]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Interrupts, pass@k and checkpoints.
+class Largest(TorchDispatchMode):
+    """The most elements of any tensor made inside."""
+
+    size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            self.size = max(self.size, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
+        return out
 
 
-def test_a_second_interrupt_stops_at_once_but_an_echo_of_the_first_does_not(monkeypatch, capsys):
-    now = [100.0]
-    monkeypatch.setattr(common.time, "monotonic", lambda: now[0])
-    with common.StopSignal() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGTERM)  # torchrun, which has seen the first, sends this
-        assert stop.requested and capsys.readouterr().err.count("stopping") == 1
-        now[0] += 2.0
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+def test_candidate_log_probs_are_those_of_the_full_softmax_without_its_logits():
+    """Values and both gradients against log_softmax and autograd, over chunk borders, with an id that occurs twice."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(200, 2, generator=generator).requires_grad_()
+    head = torch.randn(2**18, 2, generator=generator).requires_grad_()
+    ids, upstream = torch.randint(0, 2**18, (200, 4), generator=generator), torch.randn(200, 4, generator=generator)
+    ids[:, 3] = ids[:, 0]
+    expected = (hidden.double() @ head.double().T / 0.7).log_softmax(-1).gather(-1, ids)
+    theirs = torch.autograd.grad((expected * upstream).sum(), (hidden, head))
+    with Largest() as largest:
+        ours = common.candidate_log_probs(hidden, head, ids, 0.7)
+        gradients = torch.autograd.grad((ours * upstream).sum(), (hidden, head))
+    assert largest.size == 2**25  # logits of 128 of the 200 steps
+    assert torch.allclose(ours.double(), expected, atol=1e-4)
+    for a, b in zip(gradients, theirs, strict=True):
+        assert torch.allclose(a, b, atol=1e-3 * b.abs().max())
 
 
-def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample():
-    for n, c, k in itertools.product([1, 4, 6], range(7), range(1, 7)):
-        if c <= n and k <= n:
-            subsets = list(itertools.combinations([1] * c + [0] * (n - c), k))
-            assert common.pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+def fed_logits(lm, group_size=2, prompts=([5, 6, 7], [8], [3, 4, 5, 6])):
+    """Logits (3 steps, 3 rows, V) of a decoder that is fed token 9, loses its second row, and is fed token 10."""
+    with torch.inference_mode():
+        decoder = common.Decoder(lm, list(prompts), group_size, 3)
+        first = decoder.feed(lm.table[torch.full((6,), 9)])
+        rows = torch.tensor([0, 2, 3, 4, 5])
+        decoder.keep(rows)
+        return decoder.logits[rows], first[rows], decoder.feed(lm.table[torch.full((5,), 10)])
 
 
-def trained(seed):
-    torch.manual_seed(seed)
-    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 3))
-    model[1].weight = torch.nn.Parameter(model[0].weight.T.clone())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    return model, optimizer, torch.Generator().manual_seed(seed)
+def test_decoder_gives_the_models_own_logits():
+    lm = t.random_model()
+    steps = fed_logits(lm)
+    for row, prompt in enumerate([[5, 6, 7], [8], [8], [3, 4, 5, 6], [3, 4, 5, 6]]):
+        theirs = lm.model(torch.tensor([[*prompt, 9, 10]])).logits[0, -3:]
+        assert torch.allclose(torch.stack([logits[row] for logits in steps]), theirs, atol=1e-4)
 
 
-def walk(model, optimizer, generator, steps):
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(torch.randn(2, 3, generator=generator)).square().sum().backward()
-        optimizer.step()
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
+def test_compiled_decoding_gives_the_same_logits_and_compiles_once():
+    """On a CPU, with a backend that needs no compiler; a smaller batch uses the cache of the larger one."""
+    plain, lm = t.random_model(), t.random_model()
+    shapes = []
+
+    def backend(graph, inputs):
+        return lambda *args: shapes.append(len(shapes)) or graph(*args)
+
+    lm.compiled = torch.compile(lm.model.base_model, backend=backend, fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for prompts in [([5, 6, 7], [8], [3, 4, 5, 6]), ([5], [8, 9], [7])]:
+            for ours, theirs in zip(fed_logits(lm, 2, prompts), fed_logits(plain, 2, prompts), strict=True):
+                assert torch.allclose(ours, theirs, atol=1e-4)
+        first, static = lepo_rollout(lm, 2), lm.static
+        assert torch.equal(lepo_rollout(plain, 2).tokens, first.tokens)
+        assert torch.equal(lepo_rollout(plain, 1).tokens, lepo_rollout(lm, 1).tokens) and lm.static is static
+    assert len(shapes) > 8
 
 
-def test_checkpoint_restores_weights_optimiser_and_generator(tmp_path):
-    path = tmp_path / "checkpoint.safetensors"
-    first, second = trained(0), trained(1)
-    walk(*first, 3)
-    common.save_checkpoint(path, *first, {"step": 3})
-    expected = walk(*first, 4)
-    assert common.read_checkpoint_state(path) == {"step": 3}
-    common.load_checkpoint(path, *second)
-    assert torch.equal(walk(*second, 4), expected)
+def lepo_rollout(lm, group_size):
+    lm.stop_ids = [1, 4, 7]
+    return t.roll_out(lm, t.settings(max_new_tokens=8), group_size)
 
 
-def test_a_checkpoint_after_running_out_of_memory_inside_adams_first_step_can_be_used(tmp_path):
-    first, second = trained(0), trained(1)
-    walk(*first, 1)
-    del next(iter(first[1].state.values()))["exp_avg_sq"]  # where it ended
-    common.save_checkpoint(tmp_path / "c", *first, {})
-    common.load_checkpoint(tmp_path / "c", *second)
-    walk(*second, 1)
+# --- 4. Run folders ---------------------------------------------------------------------------------------------------
 
 
 def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    path = tmp_path / "checkpoint.safetensors"
-    run = trained(0)
-    common.save_checkpoint(path, *run, {"step": 1})
-    monkeypatch.setattr(common, "save_file", lambda tensors, tmp, metadata: Path(tmp).write_bytes(b"half a che"))
-    monkeypatch.setattr(common.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(UserError, match="disk full"):
-        common.save_checkpoint(path, *run, {"step": 2})
-    assert common.read_checkpoint_state(path) == {"step": 1}
-    path.write_bytes(b"not a checkpoint")
+    model, optimizer = torch.nn.Linear(1, 1), torch.optim.AdamW([torch.zeros(1)])
+    run = common.Run(lepo.parse_args(["--out", str(tmp_path)]), "lepo")
+    run.save(1, {}, model, optimizer)
+    monkeypatch.setattr(torch, "save", lambda state, path: (Path(path).write_bytes(b"half a che"), 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        run.save(2, {}, model, optimizer)
+    assert common.load_checkpoint(tmp_path)["step"] == 1
+    (tmp_path / "checkpoint.pt").write_bytes(b"not a checkpoint")
     with pytest.raises(UserError, match="nothing to resume"):
-        common.read_checkpoint_state(path)
+        common.load_checkpoint(tmp_path)
 
 
-def test_log_drops_the_rows_after_the_checkpoint_and_a_torn_line(tmp_path):
-    (tmp_path / "log.jsonl").write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n{"st')
-    log = common.RunLog(tmp_path, from_step=2)
-    log.write({"step": 2, "new": True}, {"step": 2})
-    assert (tmp_path / "log.jsonl").read_text() == '{"step": 0}\n{"step": 1}\n{"step": 2, "new": true}\n'
+def test_a_run_is_not_written_over(tmp_path):
+    (tmp_path / "checkpoint.pt").touch()
+    with pytest.raises(UserError, match="holds a run"):
+        common.Run(lepo.parse_args(["--out", str(tmp_path)]), "lepo")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The built-in task.
+# --- The built-in task ------------------------------------------------------------------------------------------------
 
 
 def test_training_and_held_out_streams_share_no_problem():
@@ -299,9 +366,6 @@ def test_training_and_held_out_streams_share_no_problem():
 
 @pytest.mark.parametrize("kind", ["mixed", "plus", "minus", "single"])
 def test_problems_are_what_was_asked_for(kind):
-    stream = common.load_problems("tiny", "train", 0, (3, 4), kind)
-    assert stream[5].solution == stream[5].solution != stream[6].solution
-    assert stream[5].solution.split()[0] == stream[5].question.split()[0] and stream[5].solution.endswith("<eos>")
     for i in range(300):
         start, steps = tiny.make_problem(i, "train", ops=(3, 4), kind=kind)
         signs = {sign for sign, _ in steps}
@@ -332,15 +396,15 @@ def test_the_student_forgets_only_carries_and_borrows_and_only_where_not_mindful
 
 
 def test_shipped_model_and_tokenizer():
-    tokenizer = AutoTokenizer.from_pretrained(common.resolve_model("tiny"))
-    model = AutoModelForCausalLM.from_pretrained(common.resolve_model("tiny")).eval()
+    tokenizer = AutoTokenizer.from_pretrained(HERE / "tiny")
+    model = AutoModelForCausalLM.from_pretrained(HERE / "tiny").eval()
     rng = random.Random(0)
     for _ in range(200):
         prompt, solution = tiny.pretraining_example(rng)
         ids = tokenizer.encode(prompt + solution)
         assert tokenizer.decode(ids) == prompt + solution
         assert len(ids) == len((prompt + solution).replace("<eos>", " <eos>").split())
-    folder = Path(common.resolve_model("tiny"))
+    folder = HERE / "tiny"
     assert sum(f.stat().st_size for f in folder.iterdir()) < 5e6
     # Steerable, and in need of RL: the three numbers that the three methods build on.
     assert 0.35 < tiny.accuracy(model, tokenizer, "mixed", [], 256) < 0.6
@@ -353,4 +417,4 @@ def test_pretraining_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tiny, "accuracy", lambda *_: 0.5)
     tiny.main()
     assert "noise-free accuracy" in capsys.readouterr().out
-    common.load_model(str(tmp_path / "tiny"), "cpu")
+    common.load_model(SimpleNamespace(model=str(tmp_path / "tiny"), device="cpu", compile=False))
