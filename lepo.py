@@ -18,7 +18,7 @@ At step t the model has seen the prompt q and the embeddings e_<t. It gives logi
   (4)  advantage:       A_i = (r_i - mean_group r) / (std_group r + 1e-4),  r_i = 1 if the verifier accepts, else 0
   (5)  log-probability: L_t(theta) = sum_k z_tk log pi_theta(k | q, e_<t)
   (6)  objective:       J = 1/(steps in the batch) sum_i sum_t min(rho_t A_i, clip(rho_t, 1-eps, 1+eps) A_i) - beta KL,
-       rho_t = exp(L_t(theta) - L_t(theta_old)),  KL from the reference model to the policy
+       rho_t = exp(L_t(theta) - L_t(theta_old)),  KL(pi_theta || pi_ref), pi_ref the model at the start
 
 (5) is the paper's unification: the executed mixture is a soft label. Its gradient with respect to the logits is
 z_t - pi_t, and with a one-hot z_t it is the log-probability of an ordinary token.
@@ -77,7 +77,7 @@ def parse_args(argv=None):
         "of a latent step: (5), of its argmax, an exact density, or none: only text is trained")  # fmt: skip
     add("--temperature", type=at_least(1e-3, float), default=1.0, help="T of (1)")
     add("--top_k", type=at_least(0), default=30, help="candidates in (1); 0 keeps the vocabulary")
-    add("--top_p", type=at_least(0, float), default=0.95, help="probability mass in (1)")
+    add("--top_p", type=at_least(1e-3, float), default=0.95, help="probability mass in (1)")
     add("--updates_per_batch", type=at_least(1), default=1, help="passes over a batch; from the second on, (6) clips")
     add("--clip", type=at_least(0, float), default=0.2, help="eps of (6)")
     add("--kl_coef", type=at_least(0, float), default=0.0, help="beta of (6); above 0 keeps a second model")
@@ -102,7 +102,6 @@ def support(logits, args):
     values = values.float() / args.temperature  # (B, K)
     probs = values.softmax(-1)  # (B, K)
     outside = probs.cumsum(-1) - probs >= args.top_p  # (B, K) the mass before a candidate already reaches top_p
-    outside[:, 0] = False  # never empty
     return candidates, values.masked_fill(outside, -math.inf).log_softmax(-1)
 
 
@@ -268,10 +267,12 @@ def clipped_objective(log_probs, old_log_probs, advantages, clip):
 def update(lm, ref, optimizer, roll, advantages, args):
     """`updates_per_batch` optimiser steps on one batch, advantages (N,), `ref` for the KL -> metrics
 
-    Rows without advantage have no gradient. They are left out here, but count in the denominator.
+    Rows without advantage have no gradient: they are left out, but count in the denominator.
     """
-    rows = (advantages != 0).nonzero().squeeze(-1) if ref is None else torch.arange(len(advantages))  # (M,)
-    batches = rows[roll.length[rows].argsort(stable=True)].split(args.micro_batch) if len(rows) else ()  # of one length
+    teaches = advantages != 0 if ref is None else torch.ones_like(advantages)  # (N,)
+    rows = teaches.nonzero().squeeze(-1)  # (M,)
+    rows = rows[roll.length[rows].argsort(stable=True)]  # rows of similar length share a micro-batch
+    batches = rows.split(args.micro_batch) if len(rows) else ()  # of (B,)
     denominator = common.all_reduce(roll.length.sum().float())
     old, sums = {}, torch.zeros(5, device=roll.length.device)
     for _ in range(args.updates_per_batch):
@@ -330,12 +331,11 @@ def evaluate(lm, problems, args, full):
 
 def measure(roll, strict, flexible, advantages, args):
     """What a batch of rollouts looked like -> dict of means over all ranks"""
-    values = {"reward": strict, "flexible": flexible, "zero_advantage": advantages == 0, "length": roll.length}
-    values["ended"] = roll.ended
+    row = dict(reward=strict, flexible=flexible, length=roll.length, ended=roll.ended, zero_advantage=advantages == 0)
     if args.latent_steps:
         z = roll.weights[:, : args.latent_steps]  # (N, latent steps, K)
-        values["effective_k"] = 1 / z.square().sum(-1)[z.sum(-1) > 0]  # (executed latent steps,), 1 if z is one-hot
-    return {name: common.mean(value) for name, value in values.items()}
+        row["effective_k"] = 1 / z.square().sum(-1)[z.sum(-1) > 0]  # (executed latent steps,), 1 if z is one-hot
+    return {name: common.mean(value) for name, value in row.items()}
 
 
 def describe(lm, roll, problems, texts, strict, args):
@@ -391,7 +391,7 @@ def main(argv=None):
             tqdm.write(describe(lm, roll, problems, texts, strict, args))
         run.log(row)
         tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
-    run.save(args.steps, before, lm.model, optimizer)
+    run.save(max(first, args.steps), before, lm.model, optimizer)
     after = evaluate(lm, held_out, args, full=True)
     run.finish(lm, method, after | {f"{name}_before": value for name, value in before.items()})
 

@@ -262,12 +262,15 @@ def test_what_the_docstring_says_of_the_four_scores(tau):
 
 @pytest.mark.parametrize("tau", [0.3, 1.0])
 def test_densities_equal_torchs(tau):
+    """On a support of five of seven candidates: the policy is renormalised there, as in (1)."""
     _, weights, scores = sample(500, tau)
-    log_p = torch.randn(5, generator=torch.Generator().manual_seed(1), dtype=torch.float64).log_softmax(-1)
-    theirs = RelaxedOneHotCategorical(torch.tensor(tau, dtype=torch.float64), logits=log_p).log_prob(weights)
-    assert torch.allclose(log_density(log_p.expand(500, -1), weights, scores, "concrete", tau), theirs, atol=1e-6)
-    theirs = Gumbel(log_p, torch.ones(5, dtype=torch.float64)).log_prob(scores).sum(-1)
-    assert torch.allclose(log_density(log_p.expand(500, -1), weights, scores, "gumbel", tau), theirs)
+    weights, scores = F.pad(weights, (0, 2)), F.pad(scores, (0, 2), value=-math.inf)
+    log_p = torch.randn(7, generator=torch.Generator().manual_seed(1), dtype=torch.float64).log_softmax(-1)
+    ours = {name: log_density(log_p.expand(500, -1), weights, scores, name, tau) for name in ("concrete", "gumbel")}
+    one, log_l = torch.ones(5, dtype=torch.float64), log_p[:5].log_softmax(-1)
+    theirs = RelaxedOneHotCategorical(tau * one[0], logits=log_l).log_prob(weights[:, :5])
+    assert torch.allclose(ours["concrete"], theirs, atol=1e-6)
+    assert torch.allclose(ours["gumbel"], Gumbel(log_l, one).log_prob(scores[:, :5]).sum(-1))
 
 
 def smooth_reward(z):

@@ -19,8 +19,7 @@ flags=(
   --group_size 8                # the paper's G
   --max_new_tokens 400          # a GSM8K solution takes 100 to 300 tokens. LEPO's 64 latent steps count: equal compute
   --steps 200                   # 6,400 of the 7,473 problems: under one epoch, nothing is seen twice
-  --warmup 6                    # 3 %, the paper's
-  --lr 1e-6                     # the paper's
+  --lr 1e-6                     # the paper's, with 3 % warm-up
   --micro_batch 4               # rows per backward pass: memory for activations, not results
   --eval_problems 1319          # all of them: standard error 1.4 points at 50 % accuracy
   --eval_samples 8              # pass@8
@@ -28,9 +27,9 @@ flags=(
   --save_every 20
   --seed "$seed"
 )
-# Memory: float32 weights, gradients and Adam's two moments of 494M parameters 7.9 GB, their bf16 copy for rollouts 1 GB,
+# Memory: float32 weights, gradients and Adam's two moments of 494M parameters 7.9 GB, their bf16 copy in a rollout 1 GB,
 # KV cache of 256 rows x 700 positions x 24 layers x 256 numbers x 2 bytes 2.2 GB. The update adds about 5 GB:
-# activations of four rows 3 GB, logits of 441 steps and the head's gradient 1 to 2 GB.
+# activations of four rows 3 GB, logits of 220 steps and the head's gradient 1 to 2 GB.
 
 launch=(python)
 if [ "${GPUS:-1}" -gt 1 ]; then
@@ -40,7 +39,7 @@ fi
 
 run() {  # run <script> <folder> <flags>: start it, or continue it, or leave it when it is done
   if [ -f "$2/result.json" ]; then echo "$2 is done"
-  elif [ -f "$2/checkpoint.safetensors" ]; then "${launch[@]}" "$1" --resume "$2"
+  elif [ -f "$2/checkpoint.pt" ] || [ -f "$2/checkpoint.safetensors" ]; then "${launch[@]}" "$1" --resume "$2"
   else "${launch[@]}" "$1" --out "$2" "${@:3}"
   fi
 }
@@ -51,6 +50,6 @@ run lepo.py "runs/gsm8k-grpo-seed$seed" "${flags[@]}" --latent_steps 0 "$@"
 run lepo.py "runs/gsm8k-lepo-seed$seed" "${flags[@]}" --latent_steps 64 --tau 0.3 "$@"
 # Stage 1 learns from GSM8K's own equations, 17 times through the training set, a latent for 8 tokens; then stage 2.
 # Thoughts and answers are short: the official cap of 128 steps.
-run latent_grpo.py "runs/gsm8k-latent_grpo-seed$seed" "${flags[@]}" --max_new_tokens 128 --sft_steps 2000 "$@"
+run latent_grpo.py "runs/gsm8k-latent_grpo-seed$seed" "${flags[@]}" --max_new_tokens 128 --sft_steps 2000 --warmup 6 "$@"
 
 python plot.py runs/gsm8k-* --figure runs/gsm8k.png
