@@ -72,9 +72,9 @@ def add_shared_flags(parser):
     add("--save_every", type=at_least(1), default=20, help="steps between checkpoints")
     add("--seed", type=int, default=0, help="of noise and of the order of problems")
     add("--device", default=devices[0], choices=devices, help="cuda computes in bfloat16, cpu in float32")
-    add("--compile", action="store_true", help="decode fixed shapes with torch.compile: for GPUs, slow to start")
+    add("--compile", action="store_true", help="decode fixed shapes with torch.compile: for GPUs, not for Qwen3")
     add("--out", help="run folder; default: a new one under runs/")
-    add("--resume", metavar="FOLDER", help="continue a run; flags beside it replace saved ones")
+    add("--resume", metavar="FOLDER", help="continue a run in its folder; flags beside it replace saved ones")
 
 
 def run_main(main):
@@ -84,7 +84,7 @@ def run_main(main):
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"interrupted; --resume {Run.folder} goes on from the last checkpoint", file=sys.stderr)
+        print(f"interrupted; --resume {getattr(Run, 'folder', 'FOLDER')} goes on from its checkpoint", file=sys.stderr)
         sys.exit(130)
 
 
@@ -117,8 +117,6 @@ def mean(values):
 
 
 # 2. Problems, and the verifier of their answers, the only source of reward --------------------------------------------
-
-
 @dataclass(frozen=True)
 class Problem:
     question: str
@@ -130,7 +128,7 @@ class Problem:
 def read_problems(name, split, seed):
     """Rows with `question` or `problem`, and `answer` (of GSM8K: what follows its ####) -> shuffled list of Problem"""
     if name == "gsm8k":
-        from datasets import load_dataset  # here: the built-in task and local files do without it
+        from datasets import load_dataset  # here, because only GSM8K needs it
         rows = load_dataset("openai/gsm8k", "main", split=split)
     elif not Path(f"{name}/{split}.jsonl").is_file():
         raise UserError(f"no {name}/{split}.jsonl: --data takes tiny, gsm8k, or a folder with train and test.jsonl")
@@ -180,7 +178,7 @@ atexit.register(POOL.clear)
 
 def to_number(text):
     """'$1,234.0' -> Fraction(1234); None if it is not one plain number. '1e999999999' would fill the memory: no e."""
-    text = re.sub(r"[\s$%]|\\[$%!]", "", text).rstrip(".").removeprefix("+")
+    text = re.sub(r"[\s$%]|\\[$%!]|^\+(?!-)", "", text).rstrip(".")
     return Fraction(text.replace(",", "")) if len(text) <= 60 and NUMBER.fullmatch(text) else None
 
 
@@ -200,9 +198,10 @@ def answers_equal(prediction, truth):
         return prediction == truth or a == b
     if not POOL:
         POOL.append(multiprocessing.get_context("spawn").Pool(1))  # a fork of a process with threads may hang
+        POOL[0].apply_async(math_verify, ("1", "1")).wait(120)  # its imports are not thinking time
     try:
-        return POOL[0].apply_async(math_verify, (prediction[:200], truth)).get(timeout=30)
-    except Exception as error:  # no time, no sense, no math-verify: not known to be right
+        return len(prediction) <= 200 and POOL[0].apply_async(math_verify, (prediction, truth)).get(timeout=10)
+    except Exception as error:  # timed out, unreadable, or math-verify is missing: not known to be right
         if isinstance(error, multiprocessing.TimeoutError):
             POOL.pop().terminate()
         return False
@@ -220,8 +219,6 @@ def verify(text, problem):
 
 
 # 3. Model and decoding, from embeddings: no serving engine takes a fresh one at every step ----------------------------
-
-
 @dataclass
 class LanguageModel:
     model: torch.nn.Module  # float32: a bfloat16 weight would round an update of 1e-6 away
@@ -233,7 +230,7 @@ class LanguageModel:
     static: StaticCache = None
 
     def autocast(self):
-        """bfloat16 on a GPU; one context around a whole rollout, so that the weights are cast once."""
+        """bfloat16 on a GPU; one context around a rollout, so that weights are cast once (--compile: at every step)."""
         return torch.autocast(self.table.device.type, torch.bfloat16, enabled=self.table.is_cuda)
 
     def hidden_states(self, embeds, mask, cache=None):
@@ -268,8 +265,8 @@ def load_model(args):
     with torch.no_grad():
         ids = torch.arange(6, device=args.device)[None]  # (1, L)
         ours = F.linear(lm.hidden_states(F.embedding(ids, table), torch.ones_like(ids)), head)  # (1, L, V)
-        if not torch.allclose(ours, model(ids).logits, rtol=1e-3, atol=1e-3):
-            raise UserError(f"{path} scales or caps embeddings or logits: give a plain model, such as Qwen2.5 or Llama")
+        if not stop_ids or not torch.allclose(ours, model(ids).logits, rtol=1e-3, atol=1e-3):
+            raise UserError(f"{path} names no end token, or scales or caps logits: give a plain model, such as Qwen2.5")
     if args.compile:
         how = {"mode": "reduce-overhead"} if args.device == "cuda" else {"backend": "eager"}  # that needs no compiler
         lm.compiled = torch.compile(model.base_model, **how)
@@ -304,8 +301,8 @@ def candidate_log_probs(hidden, head, ids, temperature):
 
 class Decoder:
     """The KV cache of a batch of rollouts. A step is the model's own forward on transformers' caches. With --compile
-    shapes are fixed, since a new one is compiled anew: rows that have ended stay, out of sight, and the cache has the
-    size of the largest batch so far."""
+    shapes are fixed, since a new one is compiled anew: rows that have ended stay and their output is unused, and the
+    cache has the size of the largest batch so far."""
 
     def __init__(self, lm, prompts, group_size, steps):
         """Prefill P prompts, each once for its whole group -> self.logits (N, V). At most `steps` embeddings follow."""
@@ -339,19 +336,19 @@ class Decoder:
     def fix_shapes(self, steps):
         """Move the prompts into the static cache of R rows; those that are not needed repeat the last one."""
         static, (count, columns) = self.lm.static, self.mask.shape
-        if static is None or static.batch_size < count or static.get_max_length() < columns + steps:
-            static = StaticCache(config=self.lm.model.config, max_cache_len=-(-(columns + steps) // 128) * 128)
+        rows, length = (0, 0) if static is None else (static.batch_size, static.get_max_length())
+        if rows < count or length < columns + steps:
+            rows, length = max(rows, count), max(length, -(-(columns + steps) // 128) * 128)
+            static = StaticCache(config=self.lm.model.config, max_cache_len=length)
         static.reset()
         self.rows = torch.arange(count, device=self.mask.device)  # (B,) the rollouts that go on
-        source = torch.arange(max(static.batch_size, count), device=self.mask.device).clamp(max=count - 1)  # (R,)
+        source = torch.arange(rows, device=self.mask.device).clamp(max=count - 1)  # (R,)
         for i, layer in enumerate(self.cache.layers):
             static.update(layer.keys[source], layer.values[source], i)
         self.cache, self.lm.static, self.mask = static, static, self.mask[source]
 
 
 # 4. The run folder: log.jsonl with a row per step, checkpoint.pt, result.json, model/. Rank 0 writes ------------------
-
-
 def load_checkpoint(folder):
     try:
         return torch.load(f"{folder}/checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
@@ -360,28 +357,31 @@ def load_checkpoint(folder):
 
 
 class Run:
-    def __init__(self, args, name):
-        args.out = args.resume or args.out or time.strftime(f"runs/{name}-%m%d-%H%M%S")
-        self.args, self.began, Run.folder = args, time.time(), Path(args.out)
+    def __init__(self, args, method):
+        name = f"runs/{method}-{Path(args.model).name}-seed{args.seed}-%m%d-%H%M%S"
+        args.out = args.resume or args.out or time.strftime(name)
+        self.args, self.method, self.began, Run.folder = args, method, time.time(), Path(args.out)
         if (self.folder / "checkpoint.pt").exists() and not args.resume:
             raise UserError(f"{args.out} holds a run: continue it with --resume {args.out}, or give another --out")
         self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "log.jsonl").touch()
 
     def restore(self, model, optimizer):
         """-> step and scores before training, as saved; the log is cut to the rows of that time."""
         saved = load_checkpoint(self.folder)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        rows = (self.folder / "log.jsonl").read_text().splitlines(keepends=True)
-        (self.folder / "log.jsonl").write_text("".join(rows[: saved["step"]]))
+        if RANK == 0:
+            rows = (self.folder / "log.jsonl").read_text().splitlines(keepends=True)
+            (self.folder / "log.jsonl").write_text("".join(rows[: saved["step"]]))
         return saved["step"], saved["before"]
 
     def save(self, step, before, model, optimizer):
         """Written aside and renamed: a crash leaves the old checkpoint or the new one."""
         if RANK == 0:
-            state = {"step": step, "before": before, "args": vars(self.args)}
-            state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save(state, self.folder / "checkpoint.tmp")
+            args = {name: value for name, value in vars(self.args).items() if name != "device"}  # may be another one
+            weights = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            torch.save({"step": step, "before": before, "args": args} | weights, self.folder / "checkpoint.tmp")
             os.replace(self.folder / "checkpoint.tmp", self.folder / "checkpoint.pt")
 
     def log(self, row):
@@ -389,9 +389,9 @@ class Run:
             with open(self.folder / "log.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
 
-    def finish(self, lm, method, scores):
+    def finish(self, lm, scores):
         """The model as a Hugging Face folder; as the last line of the run one JSON object."""
-        result = {"method": method} | {name: vars(self.args)[name] for name in ("model", "seed", "steps")}
+        result = {"method": self.method} | {name: vars(self.args)[name] for name in ("model", "seed", "steps")}
         result |= {"seconds": round(time.time() - self.began, 1)} | scores
         if RANK == 0:
             lm.model.save_pretrained(self.folder / "model")

@@ -16,28 +16,29 @@ At step t the model has seen the prompt q and the embeddings e_<t. It gives logi
        A discrete token is the limit tau -> 0: all weight on argmax(l + g), which is an exact draw from softmax(l).
   (3)  next input:      e_t = sum_k z_tk E[k]
   (4)  advantage:       A_i = (r_i - mean_group r) / (std_group r + 1e-4),  r_i = 1 if the verifier accepts, else 0
-  (5)  log-probability: L_t(theta) = sum_k z_tk log pi_theta(k | q, e_<t)
-  (6)  objective:       J = 1/(steps in the batch) sum_i sum_t min(rho_t A_i, clip(rho_t, 1-eps, 1+eps) A_i) - beta KL,
-       rho_t = exp(L_t(theta) - L_t(theta_old)),  KL(pi_theta || pi_ref), pi_ref the model at the start
+  (5)  log-probability: L_t(theta) = sum_k z_tk log pi_theta(k | q, e_<t),  pi_theta = softmax(a_t / T), unfiltered
+  (6)  objective:       J = 1/(steps of the batch) sum_it [min(rho_t A_i, clip(rho_t, 1-eps, 1+eps) A_i) - beta KL_t],
+       rho_t = exp(L_t(theta) - L_t(theta_old)),  KL_t = (L_t(theta) - L_t(ref))^2 / 2,  ref: the model at the start
 
-(5) is the paper's unification: the executed mixture is a soft label. Its gradient with respect to the logits is
-z_t - pi_t, and with a one-hot z_t it is the log-probability of an ordinary token.
+(5) is the paper's unification: the executed mixture is a soft label. Its gradient with respect to the
+logits is z_t - pi_t, and with a one-hot z_t it is the log-probability of an ordinary token.
 
-What (5) is and is not. For tau > 0 it is not the log of a density: its mean score is E[z] - pi, not 0, so the gradient
-is biased. On small vocabularies its direction is nearly right (cosine > .99 for smooth rewards) and its scale shrinks
-with tau (0.8 at tau .3). The exact densities (`--estimator concrete|gumbel`) are unbiased and pay about one unit of
-variance per candidate, however improbable it is. test_lepo.py proves each of these statements.
+What (5) is and is not. For tau > 0 it is not the log of a density: its gradient has mean E[z] - pi, not 0, so the
+policy gradient is biased. On small vocabularies its direction is nearly right (cosine > .99 for smooth rewards) and its
+scale shrinks with tau (0.8 at tau .3). The exact densities (`--estimator concrete|gumbel`) are unbiased and pay about
+one unit of variance per candidate, however improbable it is. test_lepo.py proves each of these statements.
 
 Differences from the official code (github.com/YuyanZhou/lepo, a TRL 0.21 trainer), and why:
   1. The text of a latent step, for reward and end token, is the heaviest candidate of what was executed; there, the
-     argmax of the noise-free scores. (To read text steps alone: .30 instead of .86 where thoughts contain the answer.)
+     argmax of the noise-free scores. (Where thoughts contain the answer, to read text steps alone gave .30, not .86.)
   2. The verifier wants the answer in \boxed{}. There, math-verify also takes "the answer is 42".
-  3. Latent steps have the ratio of (6), a geometric mean under z and no true one. There, they have none, and with the
-     released settings all ratios are 1. At the first update of a batch the two agree.
+  3. Latent steps have the ratio of (6), a z-weighted geometric mean of token ratios, not a ratio of densities. There,
+     they have none, and with the released settings all ratios are 1. At the first update of a batch the two agree.
   4. Old and reference log-probabilities are those of the executed mixtures; there, of the stand-in tokens.
-  5. KL, off by default like there, is estimated by (L - L_ref)^2 / 2, whose gradient is that of the KL; there, by k3.
+  5. KL, off by default like there, is KL_t of (6); there, k3. Its mean gradient is the KL's at unfiltered text steps.
   6. One loss denominator for the batch; there, a mean per rollout, which gives steps of short rollouts more weight.
   7. e_t is rebuilt in the graph with z_t constant, so E learns as an input too; there, e_t is a constant.
+  8. (5) has T at all steps; there, latent steps have T = 1.
 Like there, (5) takes the full softmax although (1) samples from a filtered one. Other noise (Gaussian, Dirichlet) is
 another line in `soft_token`; the paper found it worse.
 """
@@ -56,8 +57,8 @@ import common
 
 TINY = dict(
     data="tiny", max_new_tokens=40, eval_problems=512, eval_every=10,
-    latent_steps=12,  # two of a chain's two to five operations
-    tau=0.5,  # of the paper's .3 to .6
+    latent_steps=12,  # six tokens an operation: the first two of a chain's two to five
+    tau=0.5,  # within the paper's .3 to .6
     lr=3e-4,  # the best of 1e-4, 3e-4, 6e-4: a small model takes larger steps
     micro_batch=32,  # the fastest on two cores
 )  # fmt: skip
@@ -76,7 +77,7 @@ def parse_args(argv=None):
     add("--estimator", default="soft", choices=["soft", "hard", "concrete", "gumbel", "none"], help="log-probability "
         "of a latent step: (5), of its argmax, an exact density, or none: only text is trained")  # fmt: skip
     add("--temperature", type=at_least(1e-3, float), default=1.0, help="T of (1)")
-    add("--top_k", type=at_least(0), default=30, help="candidates in (1); 0 keeps the vocabulary")
+    add("--top_k", type=at_least(0), default=30, help="candidates in (1); 0: all of a small vocabulary")
     add("--top_p", type=at_least(1e-3, float), default=0.95, help="probability mass in (1)")
     add("--updates_per_batch", type=at_least(1), default=1, help="passes over a batch; from the second on, (6) clips")
     add("--clip", type=at_least(0, float), default=0.2, help="eps of (6)")
@@ -91,8 +92,6 @@ def parse_args(argv=None):
 
 
 # --- 2. The soft token, (1) and (2): only K candidates, in float32; topk alone sees the vocabulary --------------------
-
-
 def support(logits, args):
     """Equation (1). logits (B, V) -> candidates (B, K) and their log-probabilities (B, K), descending, -inf outside.
 
@@ -125,8 +124,7 @@ def soft_token(candidates, log_probs, gumbel, tau):
 
 # --- 3. Rollout, (3) --------------------------------------------------------------------------------------------------
 # Soft tokens, then discrete ones until an end token or the cap. What was executed is stored, for an exact replay.
-
-
+# lm.table is E. The decoder holds the KV cache: feed(embeddings) gives the next logits, keep(rows) drops other rows.
 @dataclass
 class Rollout:
     """N = P * G trajectories of at most T steps; row n continues prompt n // G."""
@@ -142,14 +140,19 @@ class Rollout:
 
 
 def rollout(lm, prompts, group_size, args, generator, latent_steps, noise_free=False):
-    """G trajectories for each of P prompts -> Rollout. Noise-free, all of a prompt are equal."""
-    device, stop_ids = args.device, torch.tensor(lm.stop_ids, device=args.device)
+    """G trajectories for each of P prompts -> Rollout
+
+    noise_free: g is 0, so a soft token is softmax(l / tau), text is greedy, and all rollouts of a prompt are equal.
+    """
     slots = min(args.top_k or len(lm.table), len(lm.table)) if latent_steps else 1  # K
     shape = len(prompts) * group_size, args.max_new_tokens, slots  # (N, T, K)
-    ids, weights = torch.zeros(shape, dtype=torch.long, device=device), torch.zeros(shape, device=device)
-    scores, tokens = torch.full(shape, -math.inf, device=device), torch.zeros_like(ids[..., 0])
-    length, ended = torch.zeros_like(ids[:, 0, 0]), torch.zeros_like(ids[:, 0, 0], dtype=torch.bool)
-    rows = torch.arange(shape[0], device=device)  # (B,) the trajectories that go on
+    ids = torch.zeros(shape, dtype=torch.long, device=args.device)
+    weights = torch.zeros(shape, device=args.device)
+    scores = torch.full(shape, -math.inf, device=args.device)
+    tokens, length = torch.zeros_like(ids[:, :, 0]), torch.zeros_like(ids[:, 0, 0])  # (N, T), (N,)
+    ended = torch.zeros_like(length, dtype=torch.bool)  # (N,)
+    rows = torch.arange(shape[0], device=args.device)  # (B,) the trajectories that go on
+    stop_ids = torch.tensor(lm.stop_ids, device=args.device)
     with torch.inference_mode(), lm.autocast():
         decoder = common.Decoder(lm, prompts, group_size, args.max_new_tokens)
         logits = decoder.logits  # (N, V)
@@ -162,7 +165,9 @@ def rollout(lm, prompts, group_size, args, generator, latent_steps, noise_free=F
             heaviest = z_ids.gather(-1, z.argmax(-1, keepdim=True)).squeeze(-1)  # (B,)
             k = z.shape[1]
             ids[rows, t, :k], weights[rows, t, :k], scores[rows, t, :k] = z_ids, z, z_scores
-            tokens[rows, t], ended[rows], length[rows] = heaviest, torch.isin(heaviest, stop_ids), t + 1
+            tokens[rows, t] = heaviest
+            ended[rows] = torch.isin(heaviest, stop_ids)
+            length[rows] = t + 1
             going = (~ended[rows]).nonzero().squeeze(-1)  # (B',) of the B rows
             if len(going) == 0 or t + 1 == args.max_new_tokens:
                 break
@@ -175,10 +180,8 @@ def rollout(lm, prompts, group_size, args, generator, latent_steps, noise_free=F
 
 # --- 4. Reward and advantages, (4) ------------------------------------------------------------------------------------
 # The verifier reads text and nothing else. A prompt that all or none of its rollouts solve teaches nothing.
-
-
 def score(lm, roll, problems):
-    """-> N texts, and strict and flexible rewards, (P, G) each"""
+    """-> N texts; (P, G) strict rewards, for the form that was asked for; (P, G) flexible ones, for the last number"""
     rows = zip(roll.tokens.tolist(), roll.length.tolist(), strict=True)
     texts = lm.tokenizer.batch_decode([tokens[:length] for tokens, length in rows], skip_special_tokens=True)
     pairs = [common.verify(text, problems[n // roll.group_size]) for n, text in enumerate(texts)]
@@ -197,16 +200,14 @@ def group_advantages(rewards):
 
 # --- 5. Log-probability, (5) ------------------------------------------------------------------------------------------
 # One forward pass over prompt and executed embeddings gives, with equal weights, the logits of the rollout.
-
-
 def step_log_probs(log_p, weights, scores, is_latent, args):
-    """Equation (5) and its alternatives for latent steps: log pi of the candidates, z, l + g, (M, K) each -> (M,)
+    """Equation (5) and its alternatives for latent steps: log pi of the candidates, z, l + g, all (M, K), (M,) -> (M,)
 
-    Gradient with respect to the logits of m candidates, with w = softmax(l - tau log z) and v = 1 - exp(l - scores):
+    Gradient with respect to the logits of m candidates; w = softmax(l - tau log z), v = 1 - exp(l - scores), p = e^l:
       soft      z - pi                  the paper: biased for tau > 0, least variance
-      hard      onehot(argmax z) - pi   zero mean; ignores that the mixture is soft
+      hard      onehot(argmax z) - pi   zero mean if nothing is filtered; ignores that the mixture is soft
       concrete  1 - m w                 exact density of z (Maddison et al. 2017); E|.|^2 = m (m - 1) / (m + 1)
-      gumbel    v - pi sum(v)           exact density of l + g (as in SofT-GRPO); E|v|^2 = m
+      gumbel    v - p sum(v)            exact density of l + g (as in SofT-GRPO); E|v|^2 = m
       none      0                       latent steps are executed, and only text is trained
     """
     soft = (weights * log_p).sum(-1)  # (M,) of a discrete token its log-probability, since its one weight is 1
@@ -222,7 +223,7 @@ def step_log_probs(log_p, weights, scores, is_latent, args):
     elif args.estimator == "gumbel":
         latent = ((log_l - scores - (log_l - scores).exp()) * inside).sum(-1)
     else:  # concrete, from the scores: z itself would underflow
-        m, tau = inside.sum(-1), args.tau  # (M,)
+        m, tau = inside.sum(-1), args.tau  # (M,), number
         log_z = (scores / tau).masked_fill(~inside, -math.inf).log_softmax(-1).masked_fill(~inside, 0)  # (M, K)
         pull = (log_l - tau * log_z).masked_fill(~inside, -math.inf).logsumexp(-1)  # (M,)
         constant = m.float().lgamma() + (m - 1) * math.log(tau)  # (M,)
@@ -251,8 +252,6 @@ def replay(lm, roll, rows, args):
 
 # --- 6. Update, (6) ---------------------------------------------------------------------------------------------------
 # Gradients add up over micro-batches and ranks. One denominator: however a batch is cut, its update is the same.
-
-
 def clipped_objective(log_probs, old_log_probs, advantages, clip):
     """The summand of (6), and where clipping acts: (B, T), (B, T), (B, 1) -> (B, T) each
 
@@ -265,21 +264,21 @@ def clipped_objective(log_probs, old_log_probs, advantages, clip):
 
 
 def update(lm, ref, optimizer, roll, advantages, args):
-    """`updates_per_batch` optimiser steps on one batch, advantages (N,), `ref` for the KL -> metrics
+    """`updates_per_batch` optimiser steps on one batch; advantages (N,), ref: the reference model or None -> metrics
 
     Rows without advantage have no gradient: they are left out, but count in the denominator.
     """
     teaches = advantages != 0 if ref is None else torch.ones_like(advantages)  # (N,)
-    rows = teaches.nonzero().squeeze(-1)  # (M,)
+    rows = teaches.nonzero().squeeze(-1)
     rows = rows[roll.length[rows].argsort(stable=True)]  # rows of similar length share a micro-batch
-    batches = rows.split(args.micro_batch) if len(rows) else ()  # of (B,)
+    batches = rows.split(args.micro_batch) if len(rows) else ()  # (B,) each
     denominator = common.all_reduce(roll.length.sum().float())
     old, sums = {}, torch.zeros(5, device=roll.length.device)
     for _ in range(args.updates_per_batch):
         optimizer.zero_grad()
         for i, micro in enumerate(batches):
             log_probs, mask = replay(lm, roll, micro, args)  # (B, T) each
-            old.setdefault(i, log_probs.detach())  # of theta_old: the first pass
+            old.setdefault(i, log_probs.detach())  # the first pass runs at theta_old and is kept
             gain, clipped = clipped_objective(log_probs, old[i], advantages[micro, None], args.clip)  # (B, T)
             kl = torch.zeros_like(gain)  # (B, T)
             if ref is not None:
@@ -301,16 +300,14 @@ def update(lm, ref, optimizer, roll, advantages, args):
 
 
 # --- 7. Evaluation and samples: always the same held-out problems, with noise of their own ----------------------------
-
-
 def evaluate(lm, problems, args, full):
     """Noise-free accuracy and length; `full`: also sampled, and noise-free without latent steps -> dict"""
     generator = torch.Generator(args.device).manual_seed(12345 + common.RANK)
     mine = problems[common.RANK :: common.RANKS]
 
     def accuracy(name, samples, latent_steps, noise_free):
-        """-> (strict | flexible | length, problems of this rank, samples)"""
-        size, parts = max(1, args.prompts_per_step * args.group_size // samples), []  # as large as a training batch
+        """-> (3, problems of this rank, samples): strict, flexible, length"""
+        size, parts = max(1, args.prompts_per_step * args.group_size // samples // common.RANKS), []  # as in training
         for i in common.progress(range(0, len(mine), size), desc=f"evaluating: {name}", leave=False):
             part = mine[i : i + size]
             prompts = [common.encode_prompt(lm.tokenizer, problem) for problem in part]
@@ -353,19 +350,18 @@ def describe(lm, roll, problems, texts, strict, args):
 
 
 # --- 8. main: evaluate, train, evaluate -------------------------------------------------------------------------------
-
-
 def main(argv=None):
     args = parse_args(argv)
     common.start_ranks(args.device)
     lm = common.load_model(args)
     ref = common.load_model(args) if args.kl_coef else None
     optimizer = torch.optim.AdamW(lm.model.parameters(), betas=(0.9, 0.99), weight_decay=0.1, fused=True)  # the paper's
-    generator, method = torch.Generator(args.device), "lepo" if args.latent_steps else "grpo"
+    generator = torch.Generator(args.device)
     common.take_problems(args, "train", 0, 1)  # a malformed line ends the run here, before it begins
     held_out = common.take_problems(args, "test", 0, args.eval_problems)
-    run = common.Run(args, f"{method}-{common.Path(args.model).name}-seed{args.seed}")
-    first, before = run.restore(lm.model, optimizer) if args.resume else (0, evaluate(lm, held_out, args, full=True))
+    run = common.Run(args, "lepo" if args.latent_steps else "grpo")
+    first, before = run.restore(lm.model, optimizer) if args.resume else (0, None)
+    before = before or evaluate(lm, held_out, args, full=True)
     print(f"{sum(p.numel() for p in lm.model.parameters()):,} parameters, run folder {run.folder}\nbefore {before}")
     for step in common.progress(range(first, args.steps), initial=first, total=args.steps, desc="training"):
         if step % args.save_every == 0:
@@ -392,8 +388,8 @@ def main(argv=None):
         run.log(row)
         tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
     run.save(max(first, args.steps), before, lm.model, optimizer)
-    after = evaluate(lm, held_out, args, full=True)
-    run.finish(lm, method, after | {f"{name}_before": value for name, value in before.items()})
+    after = evaluate(lm, held_out, args, full=True) if args.steps else before
+    run.finish(lm, after | {f"{name}_before": value for name, value in before.items()})
 
 
 if __name__ == "__main__":

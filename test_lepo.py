@@ -483,7 +483,10 @@ def test_killed_and_resumed_is_uninterrupted_bit_for_bit(run, tmp_path, monkeypa
     with open(tmp_path / "run/log.jsonl", "a") as file:
         file.write('{"step": 3, "rew')  # a line that was being written
     assert common.load_checkpoint(tmp_path / "run")["step"] == 2
+    take, taken = common.take_problems, []
+    monkeypatch.setattr(common, "take_problems", lambda *where: taken.append(where[1:]) or take(*where))
     lepo.main(["--resume", str(tmp_path / "run")])
+    assert taken[2:] == [("train", 4 * step, 4) for step in (2, 3, 4)]  # every step has problems of its own
     assert rows_of(tmp_path / "run") == rows_of(run)
     ours, theirs = ((path / "model/model.safetensors").read_bytes() for path in (tmp_path / "run", run))
     assert ours == theirs
