@@ -199,7 +199,7 @@ def group_advantages(rewards):
 
 
 # --- 5. Log-probability, (5) ------------------------------------------------------------------------------------------
-# One forward pass over prompt and executed embeddings gives, with equal weights, the logits of the rollout.
+# A forward pass over prompt and executed embeddings: the same logits as in the rollout, if the model is the same.
 def step_log_probs(log_p, weights, scores, is_latent, args):
     """Equation (5) and its alternatives for latent steps: log pi of the candidates, z, l + g, all (M, K), (M,) -> (M,)
 
@@ -234,17 +234,22 @@ def step_log_probs(log_p, weights, scores, is_latent, args):
 def replay(lm, roll, rows, args):
     """Log-probabilities (B, T) of the executed steps of rows (B,) under lm, and their mask (B, T)
 
-    The embeddings are rebuilt in the graph: z is a constant of the trajectory, the table is a weight like any other.
+    The embeddings are rebuilt in the graph: z is a constant, the table a weight. A prompt runs once for its rows.
     """
     steps, slots = int(roll.length[rows].max()), int((roll.scores[rows] > -math.inf).sum(-1).max())  # T and K in use
     ids, weights, scores = (x[rows, :steps, :slots] for x in (roll.ids, roll.weights, roll.scores))  # (B, T, K)
-    prompt, prompt_mask = common.left_pad([roll.prompts[n // roll.group_size] for n in rows.tolist()], ids.device)
     mask = torch.arange(steps, device=ids.device) < roll.length[rows, None]  # (B, T)
     is_latent = (torch.arange(steps, device=ids.device) < args.latent_steps).expand_as(mask)  # (B, T)
+    prompts, of = (rows // roll.group_size).unique(return_inverse=True)  # (p,), (B,) the one that a row continues
+    prompt, prompt_mask = common.left_pad([roll.prompts[i] for i in prompts.tolist()], ids.device)  # (p, L)
+    cache = common.DynamicCache(config=lm.model.config)
     with lm.autocast():
-        thought = common.mix_embeddings(lm.table, ids, weights)  # (B, T, D)
-        embeds = torch.cat([lm.table[prompt], thought], 1)[:, :-1]  # (B, L + T - 1, D), the last one is never fed
-        hidden = lm.hidden_states(embeds, torch.cat([prompt_mask, mask], 1)[:, :-1])[:, -steps:]  # (B, T, D)
+        hidden = lm.hidden_states(lm.table[prompt], prompt_mask, cache)[of, -1:]  # (B, 1, D) before step 0
+        cache.batch_select_indices(of)
+        if steps > 1:
+            thought = common.mix_embeddings(lm.table, ids, weights)[:, :-1]  # (B, T - 1, D), the last one is never fed
+            later = lm.hidden_states(thought, torch.cat([prompt_mask[of], mask], 1)[:, :-1], cache)  # (B, T - 1, D)
+            hidden = torch.cat([hidden, later], 1)  # (B, T, D)
         log_p = common.candidate_log_probs(hidden[mask], lm.head, ids[mask], args.temperature)  # (M, K), M executed
     log_probs = step_log_probs(log_p, weights[mask], scores[mask], is_latent[mask], args)  # (M,)
     return torch.zeros(mask.shape, device=ids.device).masked_scatter(mask, log_probs), mask
@@ -268,9 +273,8 @@ def update(lm, ref, optimizer, roll, advantages, args):
 
     Rows without advantage have no gradient: they are left out, but count in the denominator.
     """
-    teaches = advantages != 0 if ref is None else torch.ones_like(advantages)  # (N,)
-    rows = teaches.nonzero().squeeze(-1)
-    rows = rows[roll.length[rows].argsort(stable=True)]  # rows of similar length share a micro-batch
+    order = roll.length.argsort(stable=True)  # (N,) rows of similar length share a micro-batch
+    rows = order[advantages[order] != 0] if ref is None else order
     batches = rows.split(args.micro_batch) if len(rows) else ()  # (B,) each
     denominator = common.all_reduce(roll.length.sum().float())
     old, sums = {}, torch.zeros(5, device=roll.length.device)
@@ -278,7 +282,7 @@ def update(lm, ref, optimizer, roll, advantages, args):
         optimizer.zero_grad()
         for i, micro in enumerate(batches):
             log_probs, mask = replay(lm, roll, micro, args)  # (B, T) each
-            old.setdefault(i, log_probs.detach())  # the first pass runs at theta_old and is kept
+            old.setdefault(i, log_probs.detach())  # the first pass runs at theta_old: its ratio is 1
             gain, clipped = clipped_objective(log_probs, old[i], advantages[micro, None], args.clip)  # (B, T)
             kl = torch.zeros_like(gain)  # (B, T)
             if ref is not None:
