@@ -1,7 +1,6 @@
 """What the methods share and what is not the method: flags, ranks, problems, verifier, model, decoding, run folder.
 
-P prompts, G rollouts a prompt, N = P * G, B rows, L columns, T steps, K candidates, V vocabulary, D width.
-"""
+P prompts, G rollouts a prompt, N = P * G, B rows, L columns, T steps, K candidates, V vocabulary, D width."""
 
 import argparse
 import atexit
@@ -94,6 +93,7 @@ def start_ranks(device):
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)  # without it a rank may abort as it ends
     sys.stdout = open(os.devnull, "w") if RANK > 0 else sys.stdout  # rank 0 speaks for all
 
 
