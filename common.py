@@ -93,12 +93,10 @@ def start_ranks(device):
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
-        atexit.register(dist.destroy_process_group)  # without it a rank may abort as it ends
     sys.stdout = open(os.devnull, "w") if RANK > 0 else sys.stdout  # rank 0 speaks for all
 
 
-def all_reduce(tensor):
-    """Sum over ranks, in place -> the same tensor"""
+def all_reduce(tensor):  # -> the same tensor, now the sum over ranks
     if RANKS > 1:
         dist.all_reduce(tensor)
     return tensor
@@ -326,7 +324,6 @@ class Decoder:
         return F.linear(hidden, self.lm.head)
 
     def keep(self, rows):
-        """Go on with these of the B rows."""
         if self.lm.compiled is not None:
             self.rows = self.rows[rows]
         else:
@@ -398,3 +395,6 @@ class Run:
             lm.tokenizer.save_pretrained(self.folder / "model")
             (self.folder / "result.json").write_text(json.dumps(result | {"args": vars(self.args)}) + "\n")
             print(json.dumps(result))
+        if RANKS > 1:  # a rank that ends without this may abort
+            dist.barrier()
+            dist.destroy_process_group()

@@ -68,6 +68,8 @@ roll = lepo.Rollout(t.PROMPTS[common.RANK :: 2], 4, *(x[mine] for x in list(vars
 for name, ref in {"kl": t.random_model(seed=7), "idle": None}.items():
     torch.save(t.gradients(lm, roll, advantages[mine], args, ref), f"{sys.argv[1]}/{name}{common.RANK}")
     advantages[4:8] = 0  # and now rank 1 has nothing to learn
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
 """
 
 
