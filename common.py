@@ -39,7 +39,6 @@ class UserError(Exception):
 
 def at_least(low, kind=int):
     """The type of a flag that checks itself: at_least(2)("1") is an error of argparse."""
-
     def number(text):
         if not kind(text) >= low:
             raise argparse.ArgumentTypeError(f"must be at least {low}")
@@ -48,31 +47,32 @@ def at_least(low, kind=int):
 
 
 def parse_args(parser, argv, tiny_defaults):
-    """Defaults are those of the run to resume; else `tiny_defaults`, where the model is a shipped one."""
+    """Defaults are those of the run to resume; else `tiny_defaults`, where the name or path of the model says tiny."""
     first, _ = parser.parse_known_args(argv)
-    defaults = tiny_defaults if Path(first.model).name.startswith("tiny") else {}
+    defaults = tiny_defaults if re.search(r"\btiny", first.model) else {}
     parser.set_defaults(**(load_checkpoint(first.resume)["args"] if first.resume else defaults))
     return parser.parse_args(argv)
 
 
-def add_shared_flags(parser):
+def add_shared_flags(parser, rl=True):
     add, devices = parser.add_argument, ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     add("--model", default="tiny", help="tiny, a local folder, a hub id, or a bare Qwen name")
     add("--data", default="gsm8k", help="tiny, gsm8k, or a folder with train.jsonl and test.jsonl")
     add("--kind", default="mixed", choices=[*tiny.KINDS, "single"], help="built-in task: signs in a chain")
     add("--steps", type=at_least(0), default=100, help="training steps; 0 only evaluates")
     add("--prompts_per_step", type=at_least(RANKS), default=32, help="P, problems in a batch, one per rank at least")
-    add("--group_size", type=at_least(2), default=8, help="G, rollouts of a problem: an advantage compares them")
     add("--max_new_tokens", type=at_least(1), default=512, help="cap on the steps of a rollout, latent ones included")
     add("--lr", type=at_least(0, float), default=1e-6, help="peak learning rate of AdamW: 3 %% warm-up, cosine decay")
     add("--micro_batch", type=at_least(1), default=4, help="rollouts in a backward pass: memory, not results")
     add("--eval_problems", type=at_least(RANKS), default=256, help="held-out problems; at 256, standard error 3 points")
-    add("--eval_samples", type=at_least(1), default=8, help="samples of a held-out problem, k of pass@k")
     add("--eval_every", type=at_least(0), default=20, help="steps between noise-free evaluations; 0: none")
     add("--save_every", type=at_least(1), default=20, help="steps between checkpoints")
     add("--seed", type=int, default=0, help="of noise and of the order of problems")
     add("--device", default=devices[0], choices=devices, help="cuda computes in bfloat16, cpu in float32")
     add("--compile", action="store_true", help="decode fixed shapes with torch.compile: for GPUs, not for Qwen3")
+    if rl:
+        add("--group_size", type=at_least(2), default=8, help="G, rollouts of a problem: an advantage compares them")
+        add("--eval_samples", type=at_least(1), default=8, help="samples of a held-out problem, k of pass@k")
     add("--out", help="run folder; default: a new one under runs/")
     add("--resume", metavar="FOLDER", help="continue a run in its folder; flags beside it replace saved ones")
 
@@ -103,7 +103,7 @@ def all_reduce(tensor):  # -> the same tensor, now the sum over ranks
 
 
 def reduce_gradients(model):
-    for weight in model.parameters():
+    for weight in filter(lambda weight: weight.requires_grad, model.parameters()):
         weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad  # where no row of a rank teaches
         all_reduce(weight.grad)
 
@@ -120,6 +120,7 @@ class Problem:
     question: str
     answer: str
     form: str = "boxed"  # "boxed": \boxed{answer} is asked for; "think": the built-in task, a number after </think>
+    solution: str = ""  # all that the data says of the answer: to learn from in latent_sft.py, not to judge by
 
 
 @functools.cache
@@ -135,7 +136,7 @@ def read_problems(name, split, seed):
         try:
             row = json.loads(row) if isinstance(row, str) else row
             question, answer = row.get("question") or row["problem"], str(row["answer"])
-            problems.append(Problem(question.strip(), answer.rsplit("####", 1)[-1].strip()))
+            problems.append(Problem(question.strip(), answer.rsplit("####", 1)[-1].strip(), solution=answer))
         except (ValueError, KeyError, AttributeError):
             raise UserError(f"{name}/{split}.jsonl, line {i}: needs `question` or `problem`, and `answer`") from None
     return random.Random(seed).sample(problems, len(problems))
@@ -288,7 +289,6 @@ def candidate_log_probs(hidden, head, ids, temperature):
     """log softmax(hidden head^T / temperature) at ids: hidden (M, D), head (V, D), ids (M, K) -> (M, K) float32. Logits
     are by far the largest thing in an update, 62 GB for 256 x 400 steps of a 152k vocabulary: they exist for a few
     hundred steps at a time (2^25 numbers), and the backward pass makes them again."""
-
     def log_probs(hidden, ids):
         logits = F.linear(hidden, head).float() / temperature  # (chunk, V)
         return logits.gather(-1, ids) - logits.logsumexp(-1, keepdim=True)  # (chunk, K)
