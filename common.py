@@ -153,8 +153,8 @@ def take_problems(args, split, start, count):
     return [rows[i % len(rows)] for i in range(start, start + min(count, len(rows)))]
 
 
-def encode_prompt(tokenizer, problem):
-    """-> token ids of the prompt, with the chat template where the tokenizer has one"""
+def encode_prompt(tokenizer, problem, ending=""):
+    """-> token ids of the prompt, with the chat template where the tokenizer has one, and then those of `ending`"""
     boxed = "\nPlease reason step by step, and put your final answer within \\boxed{}.\n"
     text = problem.question + boxed * (problem.form == "boxed")
     if tokenizer.chat_template:
@@ -163,7 +163,7 @@ def encode_prompt(tokenizer, problem):
     ids = tokenizer.encode(text, add_special_tokens=not tokenizer.chat_template)
     if len(tokenizer.decode(ids)) < len(text) / 2:  # letters without a token are dropped
         raise UserError("this model's tokenizer cannot spell these problems (the tiny model knows only --data tiny)")
-    return ids
+    return ids + tokenizer.encode(ending, add_special_tokens=False)
 
 
 NUMBER = re.compile(r"-?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+|/0*[1-9]\d*)?|-?\$?\.\d+", re.ASCII)  # not "1,2"

@@ -123,7 +123,7 @@ def teacher(lm, problems, args, rng):
         if thought:
             labels = chunk_labels(encode(thought), args.chunk)
             tail = [*encode(args.exit_text), *encode(answer), lm.stop_ids[0]]
-            prompts.append(common.encode_prompt(lm.tokenizer, problem) + encode(args.think_text))
+            prompts.append(common.encode_prompt(lm.tokenizer, problem, args.think_text))
             rows.append(labels + [{token: 1.0} for token in tail])
             latents.append(len(labels))
     length = [len(row) for row in rows]
@@ -216,11 +216,10 @@ def think(lm, prompts, exit_id, args):
 
 def evaluate(lm, problems, exit_id, args):
     """Noise-free accuracy, lengths and exit rate on held-out problems -> dict. Prints the last thought."""
-    think_ids = lm.tokenizer.encode(args.think_text, add_special_tokens=False)
     mine, parts = problems[common.RANK :: common.RANKS], []
     for i in common.progress(range(0, len(mine), args.prompts_per_step), desc="evaluating", leave=False):
         part = mine[i : i + args.prompts_per_step]
-        prompts = [common.encode_prompt(lm.tokenizer, problem) + think_ids for problem in part]
+        prompts = [common.encode_prompt(lm.tokenizer, problem, args.think_text) for problem in part]
         ids, weights, latents, length = think(lm, prompts, exit_id, args)
         spans = zip(ids[..., 0].tolist(), latents.tolist(), length.tolist(), strict=True)
         texts = lm.tokenizer.batch_decode([row[first:end] for row, first, end in spans], skip_special_tokens=True)
