@@ -58,7 +58,7 @@ import common
 CLIP = -1.5, 3.0  # of the noise in (1)
 LIKELIEST = 256  # tokens that noise can lift into a mixture or a text
 TINY = dict(
-    data="tiny", max_new_tokens=16, eval_problems=512, steps=300, save_every=50, micro_batch=64,
+    data="tiny", max_new_tokens=16, eval_problems=512, steps=400, save_every=50, micro_batch=256,
     think_text="", exit_text=" </think>",  # its problems end in <think> already; its words carry their space
     lr=3e-4,  # the best of 1.5e-4, 3e-4, 6e-4
     surrogate="weighted",  # mean: .60 after 100 steps at the best of three rates, weighted: .83
