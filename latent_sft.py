@@ -154,8 +154,8 @@ def update(lm, optimizer, prompts, ids, weights, latents, length, args):
     matter how it is cut.
     """
     step = torch.arange(ids.shape[1], device=ids.device)  # (T,)
-    totals = torch.stack([torch.ones_like(length).sum(), (length - latents).sum()])  # rollouts and discrete tokens
-    thoughts, tokens = common.all_reduce(totals).tolist()
+    totals = torch.stack([torch.ones_like(length).sum(), (length - latents).sum()])
+    thoughts, tokens = common.all_reduce(totals)  # the denominators of (4): N, and the discrete tokens of all
     if not thoughts:
         raise common.UserError("these problems have no worked solution: it needs <<48/2=24>> as in GSM8K; other --data")
     optimizer.zero_grad()
@@ -165,16 +165,16 @@ def update(lm, optimizer, prompts, ids, weights, latents, length, args):
         prompt, prompt_mask = common.left_pad([prompts[n] for n in rows.tolist()], ids.device)  # (B, L)
         z_ids, z = ids[rows, :count], weights[rows, :count]  # (B, T, K)
         mask, is_latent = (step[:count] < limit[rows, None] for limit in (length, latents))  # (B, T)
+        share = torch.where(is_latent, 1 / (thoughts * latents[rows, None]), 1 / tokens)  # (B, T)
         with lm.autocast():
             thought = common.mix_embeddings(lm.table, z_ids, z)  # equation (3), (B, T, D)
             embeds = torch.cat([F.embedding(prompt, lm.table), thought], 1)[:, :-1]  # (B, L + T - 1, D)
             hidden = lm.hidden_states(embeds, torch.cat([prompt_mask, mask], 1)[:, :-1])[:, -count:]  # (B, T, D)
             log_p = common.candidate_log_probs(hidden[mask], lm.head, z_ids[mask], 1.0)  # (M, K), M of B * T executed
-        z, is_latent = z[mask], is_latent[mask]  # (M, K), (M,)
-        kl = (torch.xlogy(z, z) - z * log_p).sum(-1)  # (M,) equation (4); for a one-hot z it is -log p
-        share = torch.where(is_latent, 1 / (thoughts * latents[rows, None].expand_as(mask)[mask]), 1 / tokens)  # (M,)
-        (kl * share).sum().backward()
-        sums += torch.stack([(kl * share)[is_latent].sum(), (kl * share)[~is_latent].sum()]).detach()
+        kl = (torch.xlogy(z[mask], z[mask]) - z[mask] * log_p).sum(-1)  # (M,) of (4); for a one-hot z it is -log p
+        loss = kl * share[mask]  # (M,)
+        loss.sum().backward()
+        sums += torch.stack([loss[is_latent[mask]].sum(), loss[~is_latent[mask]].sum()]).detach()
     common.reduce_gradients(lm.model)
     grad_norm = torch.nn.utils.clip_grad_norm_(lm.model.parameters(), 1.0)
     if not grad_norm.isfinite():
@@ -234,8 +234,9 @@ def describe(lm, problem, ids, weights, latents, text):
     """A thought that a person can read: each latent as its heaviest candidates with their weights -> str"""
     lines = []
     for t in range(latents):
-        words = [f"{lm.tokenizer.decode([i])!r} {w:.2f}" for w, i in zip(weights[t].tolist(), ids[t].tolist())]
-        lines.append(f"latent {t + 1:2d}  " + "  ".join(words[:6]))
+        pairs = zip(ids[t].tolist(), weights[t].tolist(), strict=True)
+        pairs = [f"{lm.tokenizer.decode([i])!r} {w:.2f}" for i, w in pairs if w > 0.005]
+        lines.append(f"latent {t + 1:2d}  " + "  ".join(pairs[:6]))
     return "\n    ".join([problem.question, *lines, f"text       {text.strip()!r}, the answer is {problem.answer}"])
 
 

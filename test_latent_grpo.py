@@ -1,18 +1,11 @@
 """Proofs of latent_grpo.py: every formula against something that does not share its code. In the order of the script.
 
-    pytest test_latent_grpo.py            # a quarter of a minute
-    pytest test_latent_grpo.py -m slow    # a run to the end, two processes, real tokenizer and data
-
-Monte-Carlo tests have fixed seeds and bounds of 4 standard errors or more; tests of fit p = .001.
+Whole runs of latent_grpo.py are tested in test_latent_sft.py, behind those of latent_sft.py. Monte-Carlo tests have
+fixed seeds and bounds of 4 standard errors or more; tests of fit p = .001.
 """
 
-import contextlib
-import json
 import math
 import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test depends on a network
@@ -23,13 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch.distributions import Gumbel
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import common
 import latent_grpo
 
-HERE = Path(__file__).parent
-SHARED = HERE.parent / "shared"
 STOP, EXIT = 1, 2
 PROMPTS = [[5, 6, 7], [8], [3, 4, 5, 6, 9, 10]]  # of different lengths
 
@@ -133,9 +124,8 @@ def test_candidates_are_the_k_best_noisy_scores_of_the_nucleus(top_p, seed):
     generator = torch.Generator().manual_seed(seed)
     log_p, candidates = (3 * torch.randn(50, 20, generator=generator)).log_softmax(-1).sort(-1, descending=True)
     gumbel = latent_grpo.gumbel_noise(log_p, generator)
-    ids, scores = latent_grpo.latent_token(
-        candidates, log_p, gumbel, settings(top_p=top_p, noise="two_sided", exit_id=99)
-    )
+    args = settings(top_p=top_p, noise="two_sided", exit_id=99)
+    ids, scores = latent_grpo.latent_token(candidates, log_p, gumbel, args)
     for n in range(50):
         mass, noisy = 0.0, {}
         for rank in range(20):
@@ -226,9 +216,8 @@ def test_thoughts_come_first_and_end_with_the_exit_token():
     assert (roll.length[~exited & (heaviest[torch.arange(192), roll.length - 1] != STOP)] == 10).all()
     ended_in_thought = ~exited & (roll.length < 10)  # an end token as the heaviest: no answer
     assert ended_in_thought.any()
-    problems = [common.Problem("", "", "think")] * 3
-    texts, _ = latent_grpo.score(SimpleNamespace(tokenizer=SimpleNamespace(batch_decode=lambda rows, **_: [
-        str(row) for row in rows])), roll, problems)  # fmt: skip
+    tokenizer = SimpleNamespace(batch_decode=lambda rows, **_: [str(row) for row in rows])
+    texts, _ = latent_grpo.score(SimpleNamespace(tokenizer=tokenizer), roll, [common.Problem("", "")] * 3)
     for n, text in enumerate(texts):  # the verifier reads what is behind the thought
         assert text == str(heaviest[n, roll.latents[n] : roll.length[n]].tolist())
 
@@ -284,7 +273,7 @@ def test_a_step_costs_one_top_k_and_one_logsumexp_over_the_vocabulary(monkeypatc
     with Watch():
         roll_out(lm, settings())
     assert {"topk", "logsumexp"} <= used
-    assert used <= {"topk", "logsumexp", "linear", "to", "repeat_interleave"}, used  # the last: prompts for their groups
+    assert used <= {"topk", "logsumexp", "linear", "to", "repeat_interleave"}, used
 
 
 # --- 4. Advantages ----------------------------------------------------------------------------------------------------
@@ -362,8 +351,7 @@ def test_one_sided_noise_lets_no_candidate_be_pushed_the_wrong_way():
         assert low <= wrong.float().mean() <= high
         moving = log_p.clone().requires_grad_()
         (slope,) = torch.autograd.grad(surrogate(moving, scores, "mean").sum(), moving)
-        clear = (scores - log_p).abs() > 1e-4
-        assert torch.equal((slope < 0)[clear], wrong[clear])
+        assert torch.equal((slope < 0)[(scores - log_p).abs() > 1e-4], wrong[(scores - log_p).abs() > 1e-4])
 
 
 def test_the_published_mean_flattens_the_policy_and_the_weighted_one_is_nearly_lepos_soft_label():
@@ -391,7 +379,7 @@ def test_gradient_of_an_update_is_that_by_hand(how):
     no padding. Nothing flows through mixtures or into the table."""
     lm, args = random_model(), settings(surrogate=how, micro_batch=5)
     roll = roll_out(lm, args)
-    advantages, ours = some_advantages(roll), {}
+    advantages = some_advantages(roll)
     ours = gradients(lm, roll, advantages, args)
     assert (roll.latents > 0).any() and (roll.latents < roll.length).any() and lm.table.grad is None
     lm.model.zero_grad()
@@ -463,3 +451,50 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_change():
         sgd = torch.optim.SGD([weight for weight in lm.model.parameters() if weight.requires_grad], lr=1.0)
         latent_grpo.update(lm, sgd, roll, torch.full((12, 10), math.nan), torch.arange(12), args)
     assert all(torch.equal(a, b) for a, b in zip(before, lm.model.parameters(), strict=True))
+
+
+# --- 7. and 8. Evaluation and dynamic sampling ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["skipped", "shuffled", "heaviest"])
+def test_damaged_latents_are_what_their_name_says(how, monkeypatch):
+    """The text, against greedy decoding by the model itself from embeddings that are put together here."""
+    lm, args = random_model(), settings(max_new_tokens=4)
+    roll, written = roll_out(lm, settings(max_new_tokens=8), group_size=1), []
+    monkeypatch.setattr(common, "verify", lambda text, problem: written.append(text) or (problem, 0))
+    rewards = latent_grpo.answer_again(lm, roll, [0.0, 1.0, 0.0], how, args)
+    assert rewards.tolist() == [[0], [1], [0]] and roll.latents.unique().numel() > 1
+    for n, count in enumerate(roll.latents.tolist()):
+        thought = torch.einsum("tk,tkd->td", roll.scores[n, :count].softmax(-1), lm.table[roll.ids[n, :count]])
+        moved = torch.cat([thought[-1:], thought[:-1]])
+        thought = {"skipped": thought[:0], "shuffled": moved, "heaviest": lm.table[roll.ids[n, :count, 0]]}[how]
+        embeds = torch.cat([lm.table[torch.tensor(roll.prompts[n])], thought, lm.table[[EXIT]]])
+        for token in written[n].tolist():
+            assert int(lm.model(inputs_embeds=embeds[None]).logits[0, -1].argmax()) == token
+            embeds = torch.cat([embeds, lm.table[[token]]])
+            if token == STOP:
+                break
+
+
+def test_dynamic_sampling_draws_until_there_are_enough_groups_that_differ(monkeypatch):
+    """The groups of problem 4 and, from 60 on, of every second problem differ. What is too many is left."""
+    lm, args, seen = random_model(), settings(max_draws=4), []
+    monkeypatch.setattr(common, "take_problems", lambda args, split, start, count: list(range(start, start + count)))
+    monkeypatch.setattr(common, "encode_prompt", lambda tokenizer, problem, ending: [5 + problem % 3])
+
+    def score(lm, roll, problems):
+        seen.append(problems)
+        mixed = [problem == 4 or problem >= 60 and problem % 2 == 0 for problem in problems]
+        return [f"text {n}" for n in problems for _ in range(4)], torch.tensor([[1.0, 1, 1, 1 - m] for m in mixed])
+
+    monkeypatch.setattr(latent_grpo, "score", score)
+    generator = torch.Generator().manual_seed(0)
+    problems, roll, texts, rewards, rows = latent_grpo.draw(lm, args, generator, 1)
+    assert seen == [[3, 4, 5], [33, 34, 35], [63, 64, 65], [93, 94, 95]] and problems == sum(seen, [])
+    places = [problems.index(problem) for problem in (4, 64, 94)]
+    assert rows.tolist() == [4 * place + i for place in places for i in range(4)]
+    assert len(roll.length) == len(texts) == 48 and texts[-1] == "text 95" and rewards.shape == (12, 4)
+    assert roll.prompts == [[5 + problem % 3] for problem in problems]
+    args.max_draws = 1  # any group
+    problems, *_, rows = latent_grpo.draw(lm, args, generator, 1)
+    assert problems == [3, 4, 5] and rows.tolist() == list(range(12))
