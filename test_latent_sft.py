@@ -57,7 +57,8 @@ def test_the_built_in_tasks_student_writes_well_formed_solutions_and_is_often_wr
         assert re.fullmatch(r"( \d+ [+-] \d = \d+ ;)* \d+ [+-] \d = \d+", thought) and thought.split()[-1] == answer[1:]
         wrong += answer[1:] != problem.answer
     assert 0.3 < wrong / 300 < 0.7
-    assert len({latent_sft.worked(problems[0], settings(), random.Random(seed)) for seed in range(20)}) > 1
+    again = [{latent_sft.worked(problem, settings(), random.Random(i)) for i in range(9)} for problem in problems[:9]]
+    assert max(map(len, again)) > 1  # another demonstration each time
 
 
 def test_a_chunk_becomes_the_shares_of_its_tokens():
