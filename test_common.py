@@ -176,7 +176,9 @@ def data(folder, rows, split="train"):
 def test_rows(tmp_path):
     rows = [{"question": " q ", "answer": "so\n#### 1,000"}, {"problem": "p", "answer": r"\pi", "level": 5}]
     problems = common.take_problems(data(tmp_path, [*rows, {"question": "r", "answer": 4}]), "train", 0, 10)
-    assert set(problems) == {Problem("q", "1,000"), Problem("p", r"\pi"), Problem("r", "4")} and len(problems) == 3
+    expected = {("q", "1,000", "so\n#### 1,000"), ("p", r"\pi", r"\pi"), ("r", "4", "4")}
+    assert {(problem.question, problem.answer, problem.solution) for problem in problems} == expected
+    assert len(problems) == 3
 
 
 @pytest.mark.parametrize("line", ["{oops", "[1]", '"text"', '{"question": "q"}', '{"question": 7, "answer": "1"}', "7"])
@@ -201,7 +203,7 @@ def test_the_hub_path_with_the_real_library(tmp_path, monkeypatch):
     (tmp_path / "train.jsonl").write_text('{"question": "q", "answer": "#### 3"}\n')
     load = datasets.load_dataset
     monkeypatch.setattr(datasets, "load_dataset", lambda path, config, split: load(str(tmp_path), split=split))
-    assert common.read_problems("gsm8k", "train", 0) == [Problem("q", "3")]
+    assert common.read_problems("gsm8k", "train", 0) == [Problem("q", "3", solution="#### 3")]
     common.read_problems.cache_clear()
 
 

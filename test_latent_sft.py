@@ -157,6 +157,16 @@ def test_the_loss_is_kl_at_latents_and_cross_entropy_behind_them():
         assert_close(gradients(lm, batch, settings(micro_batch=micro_batch))[0], ours)
 
 
+def test_shares_of_several_ranks_add_up(monkeypatch):
+    """Each rank has its rows and the denominators of all: the sum of its gradients is that of one process."""
+    lm, batch = random_model(), thoughts()
+    whole, metrics = gradients(lm, batch, settings())
+    monkeypatch.setattr(common, "all_reduce", lambda x: torch.tensor([3, 8]) if x.dtype == torch.long else x)
+    first, rest = (gradients(lm, [each[part] for each in batch], settings()) for part in (slice(1), slice(1, 3)))
+    assert_close({name: first[0][name] + rest[0][name] for name in whole}, whole)
+    assert abs(first[1]["kl"] + rest[1]["kl"] - metrics["kl"]) < 1e-5
+
+
 def test_the_loss_is_least_at_the_teachers_weights():
     """KL is 0 where the policy is the teacher: taught by its own mixture over all tokens, nothing is left to learn."""
     lm = random_model()
