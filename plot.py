@@ -27,8 +27,8 @@ def read_folder(folder):
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "reward" in row]  # steps of RL
     result = json.loads((folder / "result.json").read_text())
-    batch = result["args"]["prompts_per_step"] * result["args"]["group_size"]
-    points, rewards, texts = [{"step": 0, "texts": 0, "greedy": result["greedy_before"]}], [], 0
+    batch = result["args"]["prompts_per_step"] * result["args"].get("group_size", 1)  # latent_sft.py has no groups
+    points, rewards, texts = [{"step": 0, "texts": 0, "greedy": result.get("greedy_before", 0.0)}], [], 0
     for row in rows:
         rewards.append(row["reward"])
         texts = row.get("main_decodes", texts + row.get("rollouts", batch))
