@@ -458,7 +458,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_change():
 
 @pytest.mark.parametrize("how", ["skipped", "shuffled", "heaviest"])
 def test_damaged_latents_are_what_their_name_says(how, monkeypatch):
-    """What the model is asked to go on from, against embeddings that are put together here; and who gets which reward."""
+    """What the model is asked to go on from, against embeddings that are put together here; and the rewards."""
     lm, args = random_model(), settings(max_new_tokens=4)
     roll, generate, asked = roll_out(lm, settings(max_new_tokens=8), group_size=1), lm.model.generate, {}
     monkeypatch.setattr(lm.model, "generate", lambda **inputs: asked.update(inputs) or generate(**inputs))

@@ -76,12 +76,13 @@ def test_a_teachers_thought_is_labels_and_then_exit_answer_and_end():
     lm, args = common.load_model(settings()), settings()
     problems = common.take_problems(args, "train", 0, 20)
     unsolved = Problem("1 + 1 ?", "2", solution="2")
+    args.think_text = " so"
     prompts, ids, weights, latents, length = latent_sft.teacher(lm, [unsolved, *problems], args, random.Random(3))
     rng = random.Random(3)  # the student's
     for n, problem in enumerate(problems):  # the one without a solution is left out
         thought, answer = latent_sft.worked(problem, args, rng)
         tokens, count = thought.split(), int(latents[n])
-        assert lm.tokenizer.decode(prompts[n]) == problem.question
+        assert lm.tokenizer.decode(prompts[n]) == problem.question + " so"
         assert count == 1 + math.ceil((len(tokens) - 3) / 6) and length[n] == count + 3
         assert lm.tokenizer.decode(ids[n, count : count + 3, 0]) == f" </think>{answer}<eos>"
         for t in range(count):
@@ -193,11 +194,12 @@ def test_what_cannot_be_learnt_from_is_refused_before_the_weights_change():
 
 def test_it_thinks_as_latent_grpo_does_without_noise():
     """Latents, exits and texts are those of the noise-free rollout of latent_grpo.py, which is tested by hand."""
-    lm, args = random_model(seed=5), settings(top_k=4, exit_id=4, top_p=0.95, noise="one_sided", noise_scale=1.0)
-    lm.stop_ids = [0]
-    ids, weights, latents, length = latent_sft.think(lm, PROMPTS, 4, args)
-    roll = latent_grpo.rollout(lm, PROMPTS, 1, args, None, noise_free=True)
-    assert torch.equal(latents, roll.latents) and torch.equal(length, roll.length) and length.unique().numel() > 1
+    lm, args = random_model(seed=5), settings(top_k=4, exit_id=7, top_p=0.95, noise="one_sided", noise_scale=1.0)
+    lm.stop_ids, prompts = [0, 2], [*PROMPTS, *([i, j] for i in range(12) for j in range(12))]
+    ids, weights, latents, length = latent_sft.think(lm, prompts, 7, args)
+    roll = latent_grpo.rollout(lm, prompts, 1, args, None, noise_free=True)
+    assert torch.equal(latents, roll.latents) and torch.equal(length, roll.length)
+    assert length.unique().numel() > 3 and latents.unique().numel() > 3 and (length > latents + 1).any()
     for n, count in enumerate(length.tolist()):
         assert torch.equal(ids[n, :count, 0], roll.ids[n, :count, 0])
         assert torch.allclose(weights[n, :count], roll.scores[n, :count].softmax(-1), atol=1e-5)
@@ -280,7 +282,8 @@ def test_a_wrong_call_ends_with_one_line_and_exit_code_2(name, flags, mentioned,
 
 
 def test_defaults_are_the_papers_or_the_tiny_models_also_for_what_a_run_has_made():
-    big, tiny, made = (latent_grpo.parse_args(flags) for flags in (["--model", "any"], [], ["--model", "tiny-1/model"]))
+    big, tiny = latent_grpo.parse_args(["--model", "any"]), latent_grpo.parse_args([])
+    made = latent_grpo.parse_args(["--model", "runs/a-tiny-1/model"])
     assert (big.surrogate, big.noise, big.overlong, big.first_token) == ("mean", "one_sided", "exclude", "paper")
     assert (big.top_k, big.top_p, big.noise_scale, big.clip) == (10, 0.95, 1.0, 0.2)
     assert (tiny.surrogate, tiny.model, tiny.data) == ("weighted", "tiny_latent", "tiny") and made.data == "tiny"
