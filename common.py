@@ -227,7 +227,7 @@ class LanguageModel:
     static: StaticCache = None
 
     def autocast(self):
-        """bfloat16 on a GPU; one context around a rollout, so that weights are cast once (--compile: at every step)."""
+        """bfloat16 on a GPU; one context around a rollout, so that weights are cast once. Not under inference_mode."""
         return torch.autocast(self.table.device.type, torch.bfloat16, enabled=self.table.is_cuda)
 
     def hidden_states(self, embeds, mask, cache=None):
@@ -298,16 +298,16 @@ def candidate_log_probs(hidden, head, ids, temperature):
 
 
 class Decoder:
-    """The KV cache of a batch of rollouts. A step is the model's own forward on transformers' caches. With --compile
-    shapes are fixed, since a new one is compiled anew: rows that have ended stay and their output is unused, and the
-    cache has the size of the largest batch so far."""
+    """The KV cache of a batch of rollouts; a step is the model's own forward. With --compile shapes are fixed, since
+    each is compiled anew: rows that have ended stay, unused, and the cache is as large as the largest batch so far."""
 
     def __init__(self, lm, prompts, group_size, steps):
         """Prefill P prompts, each once for its whole group -> self.logits (N, V). At most `steps` embeddings follow."""
         ids, mask = left_pad(prompts, lm.table.device)  # (P, L) each
         self.lm, self.cache = lm, DynamicCache(config=lm.model.config)
+        self.head = lm.head.bfloat16() if torch.is_autocast_enabled(ids.device.type) else lm.head  # cast once
         hidden = lm.hidden_states(F.embedding(ids, lm.table), mask, self.cache)[:, -1]  # (P, D)
-        self.logits = F.linear(hidden, lm.head).repeat_interleave(group_size, 0)
+        self.logits = F.linear(hidden, self.head).repeat_interleave(group_size, 0)
         self.mask = mask.repeat_interleave(group_size, 0)  # (N, columns so far)
         self.cache.batch_repeat_interleave(group_size)
         if lm.compiled is not None:
@@ -321,7 +321,7 @@ class Decoder:
             hidden = self.lm.hidden_states(every[:, None], self.mask, self.cache)[self.rows, 0]  # (B, D)
         else:
             hidden = self.lm.hidden_states(embeds[:, None], self.mask, self.cache)[:, 0]  # (B, D)
-        return F.linear(hidden, self.lm.head)
+        return F.linear(hidden, self.head)
 
     def keep(self, rows):
         if self.lm.compiled is not None:

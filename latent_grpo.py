@@ -6,41 +6,43 @@ r"""Latent-GRPO (arXiv 2604.27998): RL of a model that thinks in few, dense late
 
 lepo.py takes a model as it is. Latent-GRPO starts from one that latent_sft.py has taught to think in mixtures that
 stand for several words each, and to leave its thought by itself, by the exit token `</think>`. RL then improves the
-thoughts, with three fixes for what goes wrong. At step t the model has seen the prompt q and the embeddings e_<t.
+thoughts, with three fixes for what goes wrong. Problems are drawn until P groups have both right and wrong rollouts.
+At step t the model has seen the prompt q and the embeddings e_<t; l_k = log pi_theta(k | q, e_<t).
 
-  (1)  noise:           xi_k = s (clip(g_k, -1.5, 3) + 1.5),  g_k ~ Gumbel(0, 1) iid;  the + 1.5 is fix 1
-  (2)  latent:          the K largest s_k = l_k + xi_k in the nucleus,  w = softmax(s),  l_k = log pi_theta(k | q, e_<t)
+  (1)  noise:           xi_k = sigma (clip(g_k, -1.5, 3) + 1.5),  g_k ~ Gumbel(0, 1) iid;  the + 1.5 is fix 1
+  (2)  latent:          the K largest scores s_k = l_k + xi_k in the nucleus of pi,  w = softmax(s)
   (3)  next input:      e_t = sum_k w_k E[k]
-       The thought ends where the exit token is the heaviest. That step and all later ones are discrete tokens, drawn
-       from pi. Where the exit is the likeliest token before there is noise, there is none.
+       The thought ends where the exit token is the heaviest candidate; where it is the likeliest, there is no noise.
+       This step is the exit token alone, later ones are draws from pi. An end token ends a rollout, also in a thought.
   (4)  advantage:       A_i = (r_i - mean r) / (std r + 1e-6) over the rollouts of the group that ended before the cap
-       Fix 2: the others, the overlong, count as nothing and get 0. Fix 3: at the first step of a group, where all its
-       rollouts are in one state, of the right ones only the likeliest keeps its A_i.
+       Fix 2: the others, the overlong, are left out of mean and std and get 0. Fix 3: at the first step, where all
+       rollouts of a group are in one state, of the right ones only the likeliest keeps A_i.
   (5)  log-probability: L_t = sum_k c_k f(d_k),  d_k = s_k - l_k(theta),  f(d) = -d - exp(-d),  c_k = 1/K
        f is the log-density of Gumbel(0, 1). Of a discrete token L_t is log pi_theta(token), as usual.
   (6)  objective:       J = 1/(steps of the batch) sum_it min(rho_t A_it, clip(rho_t, 1-eps, 1+eps) A_it),
        rho_t = exp(L_t(theta) - L_t(theta_old)).  E and head are frozen, w is a constant.
 
 Why one-sided: the slope of f(d_k) in l_k is 1 - exp(-d_k), so a candidate with a negative margin d_k is pushed the
-wrong way round, down by a right rollout. Of two-sided noise a third of the candidates are. The + 1.5 is the same for
-all candidates: it changes no mixture and no rollout, but makes every margin positive.
+wrong way round, down by a right rollout. With two-sided noise this happens to a third of them (tiny model: .36). The
++ 1.5 is the same for all candidates: it changes no mixture and no rollout, but leaves no margin negative.
 
-What that costs: a right rollout pushes every candidate up by nearly the same .8 to 1 of c_k, whatever its weight, and a
-wrong one down. That tells little about which mixture was good, and flattens the policy. With `--surrogate weighted`,
-c_k = w_k, a push is nearly w - pi, LEPO's soft label: the tiny model learns with it. test_latent_grpo.py has both.
+What the mean over K costs: a right rollout pushes each candidate up by nearly the same (.78 of c_k, tiny model, sigma
+1), whatever its weight, and a wrong one down. That tells little about which mixture was good, and flattens the policy.
+With `--surrogate weighted`, c_k = w_k, the push is w - pi, LEPO's soft label, where the K hold all the mass, one-sided
+or not: w_k exp(-d_k) is pi_k / sum_j exp(s_j). The tiny model learns with it. test_latent_grpo.py proves both.
 
 A real vocabulary: noise, nucleus and draws live on the 256 likeliest tokens, whose l_k are those of the full softmax.
 So a step costs one top-k and one logsumexp over the vocabulary, and no sort; what is less likely is never drawn.
 
 Differences from the official code (github.com/DJC-GO-SOLO/Latent-GRPO, a fork of verl and SGLang):
   1. First-token selection there silences the wrong rollouts too; here, as in the paper, the other right ones.
-  2. Its GSM8K script masks overlong rollouts when they have counted in mean and std; here, as in the paper, before.
-  3. Where A <= 0 and d < 0 (several updates a batch) it means to turn the slope of f around; a sign keeps it.
-  4. "No noise where the exit is the likeliest" is there for token 524, Llama's `</`: Qwen models leave by chance.
-  5. Discrete tokens are there the heaviest of (2), scored at temperature .6; here, drawn as they are scored.
+  2. Its GSM8K script masks overlong rollouts only after they counted in mean and std; here, as in the paper, before.
+  3. Where A <= 0 and d < 0 it means to reverse the slope of f, and a wrong sign only weakens it. Here it stays.
+  4. Its "no noise where the exit is the likeliest" is for token 524, Llama's `</`: Qwen models leave by chance.
+  5. Discrete tokens there are the heaviest of (2), scored at temperature .6; here, drawn from the pi that scores them.
   6. The verifier there reads the heaviest candidates of latents, too: an answer that is only thought counts.
-  7. Where A < 0 ratios end at 3 there; of several updates a batch each has a part of it; a mean is over two rollouts
-     and then over those. Here updates pass over all, and there is one denominator for the batch.
+  7. Where A < 0 ratios end at 3 there. Each of its updates has a part of the batch, and means are over one or two
+     rollouts and then over those. The rate is constant. Its maths script adds .001 of a k3 KL term.
 """
 
 import argparse
@@ -82,7 +84,7 @@ def parse_args(argv=None):
     add("--first_token", default="paper", choices=["paper", "off"], help="who keeps A at the first step, in (4)")
     add("--top_k", type=at_least(2), default=10, help="K, candidates of a latent")
     add("--top_p", type=at_least(1e-3, float), default=0.95, help="nucleus of (2); the K likeliest are always in it")
-    add("--max_draws", type=at_least(1), default=4, help="of P problems, for P groups not all right or wrong; 1: any P")
+    add("--max_draws", type=at_least(1), default=4, help="times P problems, until P groups have right and wrong ones")
     add("--updates_per_batch", type=at_least(1), default=1, help="passes over a batch; from the second on, (6) clips")
     add("--clip", type=at_least(0, float), default=0.2, help="eps of (6)")
     add("--think_text", default="<think>", help="what the prompt ends with")
@@ -100,11 +102,11 @@ def gumbel_noise(like, generator):
 
 
 def latent_token(candidates, log_p, gumbel, args):
-    """Equations (1) and (2): all (B, C) -> ids and scores (B, K), the heaviest first; gumbel 0: no noise"""
+    """Equations (1) and (2): all (B, C) -> ids and scores (B, K), the heaviest first; gumbel 0: w without noise"""
     outside = log_p.exp().cumsum(-1) - log_p.exp() >= args.top_p  # (B, C) the mass before a candidate reaches top_p
     outside[:, : args.top_k] = False
     noise = args.noise_scale * (gumbel.clamp(*CLIP) - CLIP[0] * (args.noise == "one_sided"))  # (B, C)
-    noise = noise.masked_fill(candidates[:, :1] == args.exit_id, 0)  # else it would break off thoughts, or keep them up
+    noise = noise.masked_fill(candidates[:, :1] == args.exit_id, 0)  # else it could prolong what should end here
     scores, place = (log_p + noise).masked_fill(outside, -math.inf).topk(args.top_k)  # (B, K)
     return candidates.gather(-1, place), scores
 
@@ -131,7 +133,7 @@ def rollout(lm, prompts, group_size, args, generator, noise_free=False):
     rows = torch.arange(shape[0], device=args.device)  # (B,) the trajectories that go on
     latents, length, thinking = torch.zeros_like(rows), torch.zeros_like(rows), torch.ones_like(rows).bool()  # (N,)
     stop_ids = torch.tensor(lm.stop_ids, device=args.device)
-    with torch.inference_mode(), lm.autocast():
+    with torch.no_grad(), lm.autocast():
         decoder = common.Decoder(lm, prompts, group_size, args.max_new_tokens)
         logits = decoder.logits  # (N, V)
         for t in range(args.max_new_tokens):
@@ -139,7 +141,7 @@ def rollout(lm, prompts, group_size, args, generator, noise_free=False):
             log_p = values - logits.float().logsumexp(-1, keepdim=True)  # (B, C) of the softmax over all V
             gumbel = torch.zeros_like(log_p) if noise_free else gumbel_noise(log_p, generator)  # (B, C)
             z_ids, z_scores = latent_token(candidates, log_p, gumbel, args)  # (B, K) each
-            token = candidates.gather(-1, (log_p + gumbel).argmax(-1, keepdim=True))  # (B, 1) an exact draw from pi
+            token = candidates.gather(-1, (log_p + gumbel).argmax(-1, keepdim=True))  # (B, 1) a draw from pi
             exits = thinking & (z_ids[:, 0] == args.exit_id)  # (B,)
             token, thinking = token.masked_fill(exits[:, None], args.exit_id), thinking & ~exits
             z_ids = torch.where(thinking[:, None], z_ids, token)  # (B, K)
@@ -180,10 +182,10 @@ def group_advantages(rewards, valid):
 
 
 def step_advantages(lm, roll, rewards, args):
-    """rewards (P, G) -> advantages (N, T), those of a rollout's first step apart: fix 3
+    """Equation (4): rewards (P, G) -> advantages (N, T), equal at all steps of a rollout but for fix 3
 
     Several right rollouts would pull the one mixture of the first step towards several thoughts at once, perhaps
-    towards a mean that is none of them. The likeliest of them, on average over its steps, is left.
+    towards a mean that is none of them. Only the likeliest, on average over its steps, keeps its advantage there.
     """
     valid = (roll.length < args.max_new_tokens).view(rewards.shape) | (args.overlong == "off")  # (P, G)
     advantages = group_advantages(rewards, valid)  # (P, G)
@@ -191,7 +193,7 @@ def step_advantages(lm, roll, rewards, args):
     if args.first_token == "paper":
         right, likelihood = advantages > 0, torch.full_like(advantages, -math.inf)  # (P, G) each
         with torch.no_grad():
-            for rows in right.flatten().nonzero().squeeze(-1).split(args.micro_batch):  # (B,)
+            for rows in right.flatten().nonzero().squeeze(-1).split(args.micro_batch) if right.any() else ():  # (B,)
                 likelihood.view(-1)[rows] = replay(lm, roll, rows, args)[0].sum(1) / roll.length[rows]
         others = right.scatter(1, likelihood.argmax(1, keepdim=True), False)  # (P, G)
         steps[others.flatten(), 0] = 0
@@ -208,10 +210,7 @@ def step_log_probs(log_p, scores, is_latent, args):
 
 
 def replay(lm, roll, rows, args):
-    """Log-probabilities (B, T) of the executed steps of rows (B,) under lm, and their mask (B, T)
-
-    The embeddings are rebuilt; w and the table are constants. A prompt runs once for its rows.
-    """
+    """Log-probabilities (B, T) of the executed steps of rows (B,), and their mask (B, T); a prompt runs once."""
     steps = int(roll.length[rows].max())  # T in use
     ids, scores = roll.ids[rows, :steps], roll.scores[rows, :steps]  # (B, T, K)
     mask, is_latent = (torch.arange(steps, device=ids.device) < x[rows, None] for x in (roll.length, roll.latents))
@@ -280,8 +279,9 @@ def answer_again(lm, roll, problems, how, args):
         rows.append(torch.cat([lm.table[roll.prompts[n // roll.group_size]], thought, lm.table[[args.exit_id]]]))
     embeds = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")  # (N, L, D)
     inputs = {"inputs_embeds": embeds, "attention_mask": embeds.any(-1).long(), "max_new_tokens": args.max_new_tokens}
-    with torch.inference_mode(), lm.autocast():
-        out = lm.model.generate(**inputs, do_sample=False, eos_token_id=lm.stop_ids, pad_token_id=lm.stop_ids[0])
+    plain = dict(do_sample=False, repetition_penalty=1.0, eos_token_id=lm.stop_ids, pad_token_id=lm.stop_ids[0])
+    with torch.no_grad(), lm.autocast():
+        out = lm.model.generate(**inputs, **plain)
     pairs = zip(lm.tokenizer.batch_decode(out, skip_special_tokens=True), problems, strict=True)
     return torch.tensor([[common.verify(*pair)[0]] for pair in pairs], device=args.device)  # (P, 1)
 
@@ -327,10 +327,10 @@ def describe(lm, roll, problems, texts, rewards):
 # --- 8. main: evaluate, train, evaluate -------------------------------------------------------------------------------
 def draw(lm, args, generator, step):
     """Dynamic sampling: P problems at a time, until P groups have both right and wrong rollouts, at most max_draws
-    times. -> all problems, their rollouts as one, texts and rewards, the rows (M,) to learn from"""
+    times. -> all problems, their rollouts as one, texts and rewards, the rows (M,) to learn from, P groups at most"""
     problems, prompts, texts, parts, found = [], [], [], [], 0
     while found < args.prompts_per_step and len(parts) < args.max_draws:
-        start = (len(parts) * args.steps + step) * args.prompts_per_step  # second draws stand behind all first
+        start = (step * args.max_draws + len(parts)) * args.prompts_per_step
         batch = common.take_problems(args, "train", start, args.prompts_per_step)[common.RANK :: common.RANKS]
         asked = [common.encode_prompt(lm.tokenizer, problem, args.think_text) for problem in batch]
         roll = rollout(lm, asked, args.group_size, args, generator)
@@ -340,7 +340,7 @@ def draw(lm, args, generator, step):
         parts.append([roll.ids, roll.scores, roll.latents, roll.length, rewards, mixed])
         found += int(common.all_reduce(mixed.sum()))
     *tensors, rewards, mixed = map(torch.cat, zip(*parts, strict=True))
-    mixed &= mixed.cumsum(0) <= len(batch)  # (all drawn problems,) what is too many is left
+    mixed &= mixed.cumsum(0) <= len(batch)  # (all problems,) surplus groups are dropped
     rows = mixed.repeat_interleave(args.group_size).nonzero().squeeze(-1)  # (M,)
     return problems, Rollout(prompts, args.group_size, *tensors), texts, rewards, rows
 
@@ -359,10 +359,10 @@ def main(argv=None):
     common.start_ranks(args.device)
     lm = common.load_model(args)
     lm.table.requires_grad = lm.head.requires_grad = False  # the space of latents stands still while a thought moves
-    args.top_k = min(args.top_k, LIKELIEST, len(lm.table))
-    args.exit_id = (lm.tokenizer.encode(args.exit_text, add_special_tokens=False) or lm.stop_ids)[0]
-    if args.exit_id in lm.stop_ids:
-        raise common.UserError(f"--exit_text {args.exit_text!r} has no token of its own: name another")
+    exit_ids = lm.tokenizer.encode(args.exit_text, add_special_tokens=False)
+    if not exit_ids or exit_ids[0] in lm.stop_ids:
+        raise common.UserError(f"--exit_text {args.exit_text!r} has no token, or one that ends a text: name another")
+    args.exit_id, args.top_k = exit_ids[0], min(args.top_k, LIKELIEST, len(lm.table))
     optimizer = torch.optim.AdamW(lm.model.parameters(), betas=(0.9, 0.999), weight_decay=0.01, fused=True)
     generator = torch.Generator(args.device)
     common.take_problems(args, "train", 0, 1)  # a malformed line ends the run here, before it begins

@@ -3,8 +3,9 @@ r"""Latent SFT, the first stage of Latent-GRPO (arXiv 2604.27998): teach a model
     python latent_sft.py                                     # the tiny model, on a laptop CPU: five minutes
     python latent_sft.py --model Qwen2.5-0.5B --out sft      # GSM8K's equations, one GPU; several: torchrun, as lepo.py
     python latent_grpo.py --model sft/model                  # the second stage, RL, starts from what this has saved
+    (What the first command has saved keeps the tiny model's flags there if its path says tiny, as runs/…tiny… does.)
 
-lepo.py takes a model as it is and mixes the tokens that it would write anyhow, one after the other. Here the model
+lepo.py takes a model as it is and mixes the tokens that it would write anyway, one after the other. Here the model
 learns a denser way: a latent stands for several words at once, a thought is a few latents long, and the model itself
 says when it is over, by the exit token. All that it needs is worked solutions, which may be wrong: the built-in task's
 come from a student who forgets most carries. A solution is cut into chunks, and a chunk becomes a latent:
@@ -16,24 +17,25 @@ come from a student who forgets most carries. A solution is cut into chunks, and
 
   (1)  label:   y_i = how often each token occurs in chunk i, as shares: K candidates and weights that sum to 1
   (2)  noise:   w_i = softmax(log y_i + clip(s g, -1.5, 3)),  g ~ Gumbel(0, 1) iid,  s grows from 0 to `noise_scale`
-  (3)  input:   e_i = sum_k w_ik E[k], also for i + 1 onwards: the model learns behind the teacher's thought
-  (4)  loss:    mean over latents of KL(w_i || pi(. | q, e_<i))  +  mean over exit, answer and end of -log pi(token)
-       A discrete token is a one-hot w, whose KL divergence is its cross-entropy: one formula for both.
-  (5)  at work: w = softmax of the K largest logits, until the exit token is the largest; from there greedy text
+  (3)  input:   e_i = sum_k w_ik E[k]: the model always reads the teacher's thought so far, and not its own
+  (4)  loss:    KL(w_i || pi(. | q, e_<i)), a mean over the latents of a thought and then over thoughts
+                + -log pi(token | q, e_<t), a mean over all tokens of exit, answer and end
+       A discrete token is a one-hot w, whose KL divergence is its cross-entropy: the summand is one formula.
+  (5)  in use:  w = softmax of the K largest logits, until the exit token is the largest; from there greedy text
 
 Why chunks begin in the middle of a step: a latent then holds a result and what is done with it next, and the operands
-of every result stand in the latent before it. Cut at the steps, with 6 tokens a latent, accuracy stays below .1.
+of every result stand in the latent before it. Cut at the steps instead, accuracy is @ALIGNED@ and not @NOISE@ after 600 steps.
 
-Why noise (2): RL draws its thoughts with the same noise, and even without it the model's own mixtures are never as
-clean as the teacher's. Trained on clean ones alone it is lost among its own: .186 instead of .543 after 600 steps.
+Why noise (2): RL draws its thoughts with noise, and even without it the model's own mixtures are never as clean as the
+teacher's. Trained on clean ones alone it is lost among its own: @CLEAN@.
 
 Embeddings and head are frozen: the space of latents stands still while the model learns to move in it.
 
 Differences from the official code (github.com/DJC-GO-SOLO/Latent-SFT), and why:
-  1. Labels. There, an encoder writes the latents, such that a decoder which sees nothing else of the past can tell the
-     next chunk and the answer; three more trainings. Here a chunk's own tokens: nothing to train, and on the tiny model
-     it was better (.543 against .477, results/README.md has what it took). For large models nobody has compared them.
-  2. Chunks there have 2 tokens (GSM8K) or 16, and none is cut in half.
+  1. Labels. There, an encoder writes the latents, such that a decoder can tell each next chunk from the one latent
+     before it, and the answer from all; three more trainings. Here a chunk's own tokens: nothing to train, and better
+     on the tiny model (.543 against .344 after 600 steps, results/README.md). For large models nobody has compared.
+  2. Chunks there have 2 tokens (GSM8K) or 16, the first one too.
   3. LoRA adapters there; here all weights but embeddings and head.
   4. The noise has its full scale from the first step on there. It is drawn again where the exit token comes out as the
      heaviest; here no label holds that token.
@@ -56,7 +58,7 @@ import tiny
 
 # --- 1. Flags: a batch is prompts_per_step worked solutions; TINY is for the tiny model -------------------------------
 
-CLIP = -1.5, 3.0  # of the noise in (2), as in latent_grpo.py
+CLIP = -1.5, 3.0  # of the noise in (2), when it has been scaled; latent_grpo.py scales what has been clipped
 TINY = dict(
     data="tiny", max_new_tokens=16, eval_problems=512, eval_every=300, save_every=300, micro_batch=64,
     think_text="",  # its problems end in <think> already
@@ -94,7 +96,7 @@ def worked(problem, args, rng):
     """
     if problem.form == "think":
         solution = tiny.demonstration(rng, *tiny.read_chain(problem.question))
-        thought, _, answer = solution.removesuffix("<eos>").partition(args.exit_text)
+        thought, _, answer = solution.removesuffix("<eos>").partition(" </think>")
         return thought, answer
     return " ".join(re.findall(r"<<[^<>]+>>", problem.solution)), f"\\boxed{{{problem.answer}}}"
 
@@ -112,7 +114,7 @@ def chunk_labels(ids, size):
 def teacher(lm, problems, args, rng):
     """Worked solutions as thoughts -> N prompts; ids, weights (N, T, K); latents, length (N,), the exit not in latents
 
-    Of a discrete token, and behind the end, all weight is in one slot.
+    Of a discrete token, and after the end, all weight is in one slot.
     """
     def encode(text):
         return lm.tokenizer.encode(text, add_special_tokens=False)
@@ -122,7 +124,7 @@ def teacher(lm, problems, args, rng):
         thought, answer = worked(problem, args, rng)
         if thought:
             labels = chunk_labels(encode(thought), args.chunk)
-            tail = [*encode(args.exit_text), *encode(answer), lm.stop_ids[0]]
+            tail = [*encode(args.exit_text), *encode(answer), lm.tokenizer.eos_token_id or lm.stop_ids[0]]
             prompts.append(common.encode_prompt(lm.tokenizer, problem, args.think_text))
             rows.append(labels + [{token: 1.0} for token in tail])
             latents.append(len(labels))
@@ -138,7 +140,7 @@ def teacher(lm, problems, args, rng):
     return prompts, *(tensor.to(args.device) for tensor in tensors)
 
 
-# --- 3. Noise on the teacher, (2): a candidate's weight moves by at most e^3 upwards and e^-1.5 downwards -------------
+# --- 3. Noise on the teacher, (2): the ratio of two weights changes by e^4.5 at the most ------------------------------
 def noisy_labels(weights, scale, generator):
     """weights (N, T, K) -> (N, T, K). What has weight 0 keeps it, so a discrete token stays one."""
     exponential = torch.empty_like(weights).exponential_(generator=generator)
@@ -157,10 +159,11 @@ def update(lm, optimizer, prompts, ids, weights, latents, length, args):
     totals = torch.stack([torch.ones_like(length).sum(), (length - latents).sum()])
     thoughts, tokens = common.all_reduce(totals)  # the denominators of (4): N, and the discrete tokens of all
     if not thoughts:
-        raise common.UserError("these problems have no worked solution: it needs <<48/2=24>> as in GSM8K; other --data")
+        raise common.UserError("no problem of this batch has a worked solution, <<48/2=24>> as in GSM8K: other --data")
     optimizer.zero_grad()
     sums = torch.zeros(2, device=ids.device)
-    for rows in length.argsort(stable=True).split(args.micro_batch):  # (B,) rows of similar length
+    order = length.argsort(stable=True)  # rows of similar length share a micro-batch
+    for rows in order.split(args.micro_batch) if len(order) else ():  # (B,)
         count = int(length[rows].max())  # T of these rows
         prompt, prompt_mask = common.left_pad([prompts[n] for n in rows.tolist()], ids.device)  # (B, L)
         z_ids, z = ids[rows, :count], weights[rows, :count]  # (B, T, K)
@@ -184,8 +187,8 @@ def update(lm, optimizer, prompts, ids, weights, latents, length, args):
     return {"kl": kl, "cross_entropy": cross_entropy, "grad_norm": grad_norm.item()}
 
 
-# --- 5. At work, (5): the model thinks by itself, without noise -------------------------------------------------------
-@torch.inference_mode()
+# --- 5. In use, (5): the model thinks by itself, without noise- -------------------------------------------------------
+@torch.no_grad()
 def think(lm, prompts, exit_id, args):
     """-> ids and weights (N, T, K) of what N prompts' thoughts and texts executed; latents and length (N,)"""
     shape = len(prompts), args.max_new_tokens, args.top_k  # (N, T, K)
@@ -245,13 +248,14 @@ def main(argv=None):
     args = parse_args(argv)
     common.start_ranks(args.device)
     lm = common.load_model(args)
-    for weight in (lm.table, lm.head):
-        weight.requires_grad_(False)
+    lm.table.requires_grad = lm.head.requires_grad = False
+    args.top_k = min(args.top_k, len(lm.table))
     exit_ids = lm.tokenizer.encode(args.exit_text, add_special_tokens=False)
     if not exit_ids or exit_ids[0] in lm.stop_ids:
         raise common.UserError(f"--exit_text {args.exit_text!r} has no token, or one that ends a text: name another")
     optimizer = torch.optim.AdamW(lm.model.parameters(), betas=(0.9, 0.999), weight_decay=0.01, fused=True)
     generator = torch.Generator(args.device)
+    common.take_problems(args, "train", 0, 1)  # a malformed line ends the run here, before it begins
     held_out = common.take_problems(args, "test", 0, args.eval_problems)
     run = common.Run(args, "latent_sft")
     first, _ = run.restore(lm.model, optimizer) if args.resume else (0, None)

@@ -153,7 +153,7 @@ def rollout(lm, prompts, group_size, args, generator, latent_steps, noise_free=F
     ended = torch.zeros_like(length, dtype=torch.bool)  # (N,)
     rows = torch.arange(shape[0], device=args.device)  # (B,) the trajectories that go on
     stop_ids = torch.tensor(lm.stop_ids, device=args.device)
-    with torch.inference_mode(), lm.autocast():
+    with torch.no_grad(), lm.autocast():
         decoder = common.Decoder(lm, prompts, group_size, args.max_new_tokens)
         logits = decoder.logits  # (N, V)
         for t in range(args.max_new_tokens):

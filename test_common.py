@@ -319,6 +319,25 @@ def test_decoder_gives_the_models_own_logits(kind):
         assert torch.allclose(torch.stack([logits[row] for logits in steps]), theirs, atol=1e-4)
 
 
+def test_a_rollout_in_bfloat16_casts_every_weight_once(monkeypatch):
+    """As on a GPU; under torch.inference_mode autocast would cast them anew at every step."""
+    lm, args, casts = t.random_model(), t.settings(max_new_tokens=6), []
+    lm.table.requires_grad_(False)  # as in latent_grpo.py, where autocast keeps no copy of the head
+    lm.stop_ids = [99]
+    monkeypatch.setattr(common.LanguageModel, "autocast", lambda self: torch.autocast("cpu", torch.bfloat16))
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
+            if "_to_copy" in str(function) and any(arguments[0] is weight for weight in lm.model.parameters()):
+                casts.append(id(arguments[0]))
+            return function(*arguments, **(kwargs or {}))
+
+    with Watch():
+        t.roll_out(lm, args)
+    matrices = sum(weight.dim() == 2 for weight in lm.model.parameters())
+    assert len(casts) == len(set(casts)) >= matrices, (len(casts), len(set(casts)))
+
+
 def test_compiled_decoding_gives_the_same_logits_and_compiles_once():
     """On a CPU, with a backend that needs no compiler; a smaller batch uses the cache of the larger one."""
     plain, lm = t.random_model(), t.random_model()
