@@ -296,7 +296,7 @@ def test_candidate_log_probs_are_those_of_the_full_softmax_without_its_logits():
 
 def fed_logits(lm, group_size=2, prompts=([5, 6, 7], [8], [3, 4, 5, 6])):
     """Logits (3 steps, 3 rows, V) of a decoder that is fed token 9, loses its second row, and is fed token 10."""
-    with torch.inference_mode():
+    with torch.no_grad():
         decoder = common.Decoder(lm, list(prompts), group_size, 3)
         first = decoder.feed(lm.table[torch.full((6,), 9)])
         rows = torch.tensor([0, 2, 3, 4, 5])
@@ -355,7 +355,7 @@ def test_compiled_decoding_gives_the_same_logits_and_compiles_once():
         assert torch.equal(lepo_rollout(plain, 2).tokens, first.tokens)
         assert torch.equal(lepo_rollout(plain, 1).tokens, lepo_rollout(lm, 1).tokens) and lm.static is static
     assert len(shapes) > 8
-    with torch.inference_mode():
+    with torch.no_grad():
         for count, length in [(12, 4), (1, 200), (12, 4), (1, 200)]:  # it grows in either direction, and stays
             common.Decoder(lm, [[5] * length] * count, 1, 3)
     assert (lm.static.batch_size, lm.static.get_max_length()) == (12, 256)
