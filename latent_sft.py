@@ -3,7 +3,7 @@ r"""Latent SFT, the first stage of Latent-GRPO (arXiv 2604.27998): teach a model
     python latent_sft.py                                     # the tiny model, on a laptop CPU: five minutes
     python latent_sft.py --model Qwen2.5-0.5B --out sft      # GSM8K's equations, one GPU; several: torchrun, as lepo.py
     python latent_grpo.py --model sft/model                  # the second stage, RL, starts from what this has saved
-    (What the first command has saved keeps the tiny model's flags there if its path says tiny, as runs/…tiny… does.)
+    (There, a model whose path says tiny, as runs/latent_sft-tiny-… does, gets the tiny model's flags.)
 
 lepo.py takes a model as it is and mixes the tokens that it would write anyway, one after the other. Here the model
 learns a denser way: a latent stands for several words at once, a thought is a few latents long, and the model itself
