@@ -387,7 +387,7 @@ def main(argv=None):
         row = {"step": step, **measure(roll, strict, flexible, advantages, args), **metrics}
         row["seconds"] = round(time.time() - start, 3)
         if args.eval_every and (step + 1) % args.eval_every == 0:
-            row |= evaluate(lm, held_out, args, full=False)
+            row = row | evaluate(lm, held_out, args, full=False) | row  # the length stays that of the rollouts
             tqdm.write(describe(lm, roll, problems, texts, strict, args))
         run.log(row)
         tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in row.items()))

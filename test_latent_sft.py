@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 import common
 import latent_grpo
 import latent_sft
+import lepo
 from common import Problem, UserError
 from test_latent_grpo import PROMPTS, assert_close, random_model
 
@@ -247,6 +248,14 @@ def test_a_run_leaves_a_log_a_result_and_a_model(name, runs):
     out = (runs / f"{name}.out").read_text()
     assert json.loads(out.strip().splitlines()[-1]).items() <= result.items()
     assert "? <think>\n    latent  1  ' " in out and "\n    text       '" in out and "the answer is" in out
+
+
+def test_the_logged_length_is_that_of_the_rollouts_and_not_of_an_evaluation(tmp_path, monkeypatch):
+    for module in (latent_grpo, lepo):
+        monkeypatch.setattr(module, "evaluate", lambda *_, **__: {"greedy": 0.5, "length": 99.0})
+        module.main([*SCRIPTS["latent_grpo"], "--steps", "2", "--out", str(tmp_path / module.__name__)])
+        row = rows_of(tmp_path / module.__name__)[1]
+        assert row["greedy"] == 0.5 and row["length"] < 41
 
 
 @both
