@@ -303,10 +303,10 @@ def test_defaults_are_the_papers_or_the_tiny_models_also_for_what_a_run_has_made
 
 @pytest.mark.slow
 def test_latent_sft_teaches_the_tiny_model_to_think(tmp_path, capsys):
-    """A sixth of the shipped model's training, from words to latents."""
-    latent_sft.main(["--steps", "300", "--out", str(tmp_path / "run")])
+    """A third of the shipped model's training, from words to latents."""
+    latent_sft.main(["--steps", "600", "--eval_every", "0", "--out", str(tmp_path / "run")])
     result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    assert result["greedy"] > 0.2 and result["exit_rate"] > 0.95 and result["length"] < 8
+    assert result["greedy"] > 0.35 and result["exit_rate"] > 0.95 and result["length"] < 8
 
 
 @pytest.mark.slow
