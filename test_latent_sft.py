@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -332,7 +333,7 @@ def test_two_processes_make_a_run(name, tmp_path):
 @pytest.mark.slow
 @needs_shared
 def test_both_stages_with_a_real_tokenizer_and_gsm8k(tmp_path, capsys, monkeypatch):
-    """A random model is never right, so its rollouts are judged by their length where the update needs a difference."""
+    """A random model is never right and never ends, so every third rollout is called wrong and the others right."""
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "tokenizers/qwen2.5")
     config = Qwen2Config(vocab_size=151936, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                          num_attention_heads=2, num_key_value_heads=1, eos_token_id=151645)  # fmt: skip
@@ -342,7 +343,7 @@ def test_both_stages_with_a_real_tokenizer_and_gsm8k(tmp_path, capsys, monkeypat
              "--max_new_tokens", "24"]  # fmt: skip
     latent_sft.main(["--model", str(tmp_path / "start"), *flags, "--lr", "1e-3", "--out", str(tmp_path / "sft")])
     row, last = rows_of(tmp_path / "sft")
-    assert last["kl"] < row["kl"] < 20 and last["cross_entropy"] < row["cross_entropy"]
+    assert 5 < row["kl"] < 20 and last["cross_entropy"] < row["cross_entropy"] < 20  # log 151,936 is 11.9
     lm = SimpleNamespace(tokenizer=tokenizer, stop_ids=[151645])
     problems = common.take_problems(settings(data=str(SHARED / "data/gsm8k")), "train", 0, 200)
     args = settings(chunk=8, think_text="<think>", exit_text="</think>")
@@ -350,9 +351,10 @@ def test_both_stages_with_a_real_tokenizer_and_gsm8k(tmp_path, capsys, monkeypat
     assert len(prompts) > 190 and tokenizer.decode(prompts[0]).endswith("<|im_start|>assistant\n<think>")
     tail = tokenizer.decode(ids[0, latents[0] : length[0], 0])
     assert re.fullmatch(r"</think>\\boxed\{[\d.,]+\}<\|im_end\|>", tail) and 2 < latents.float().mean() < 20
-    monkeypatch.setattr(common, "verify", lambda text, problem: (float(len(text) % 2), 0.0))
+    verdicts = itertools.cycle([0.0, 1.0, 1.0])
+    monkeypatch.setattr(common, "verify", lambda text, problem: (next(verdicts), 0.0))
     model = str(tmp_path / "sft/model")
-    latent_grpo.main(["--model", model, *flags, "--group_size", "4", "--eval_samples", "2", "--max_draws", "2",
+    latent_grpo.main(["--model", model, *flags, "--group_size", "4", "--eval_samples", "2", "--overlong", "off",
                       "--updates_per_batch", "2", "--lr", "1e-4", "--out", str(tmp_path / "rl")])  # fmt: skip
     assert all(row["grad_norm"] > 0 for row in rows_of(tmp_path / "rl"))
     result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
