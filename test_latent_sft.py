@@ -251,6 +251,12 @@ def test_a_run_leaves_a_log_a_result_and_a_model(name, runs):
     assert "? <think>\n    latent  1  ' " in out and "\n    text       '" in out and "the answer is" in out
 
 
+@both
+def test_more_candidates_than_tokens_are_all_tokens(name, tmp_path):
+    script(name).main([*SCRIPTS[name], "--steps", "1", "--top_k", "100", "--out", str(tmp_path / "run")])
+    assert json.loads((tmp_path / "run/result.json").read_text())["args"]["top_k"] == 70
+
+
 def test_the_logged_length_is_that_of_the_rollouts_and_not_of_an_evaluation(tmp_path, monkeypatch):
     for module in (latent_grpo, lepo):
         monkeypatch.setattr(module, "evaluate", lambda *_, **__: {"greedy": 0.5, "length": 99.0})
@@ -344,7 +350,7 @@ def test_both_stages_with_a_real_tokenizer_and_gsm8k(tmp_path, capsys, monkeypat
     latent_sft.main(["--model", str(tmp_path / "start"), *flags, "--lr", "1e-3", "--out", str(tmp_path / "sft")])
     row, last = rows_of(tmp_path / "sft")
     assert 5 < row["kl"] < 20 and last["cross_entropy"] < row["cross_entropy"] < 20  # log 151,936 is 11.9
-    lm = SimpleNamespace(tokenizer=tokenizer, stop_ids=[151645])
+    lm = SimpleNamespace(tokenizer=tokenizer, stop_ids=[151643, 151645])  # of both, the one of the chat template
     problems = common.take_problems(settings(data=str(SHARED / "data/gsm8k")), "train", 0, 200)
     args = settings(chunk=8, think_text="<think>", exit_text="</think>")
     prompts, ids, _, latents, length = latent_sft.teacher(lm, problems, args, None)
