@@ -358,7 +358,7 @@ class Run:
         name = f"runs/{method}-{Path(args.model).name}-seed{args.seed}-%m%d-%H%M%S"
         args.out = args.resume or args.out or time.strftime(name)
         self.args, self.method, self.began, Run.folder = args, method, time.time(), Path(args.out)
-        if (self.folder / "checkpoint.pt").exists() and not args.resume:
+        if RANK == 0 and (self.folder / "checkpoint.pt").exists() and not args.resume:  # others may be later
             raise UserError(f"{args.out} holds a run: continue it with --resume {args.out}, or give another --out")
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "log.jsonl").touch()
