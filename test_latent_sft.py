@@ -318,10 +318,11 @@ def test_latent_sft_teaches_the_tiny_model_to_think(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_tiny_latent_model_learns(tmp_path, capsys):
-    """A quarter of the default run."""
+    """A quarter of the default run, which gains .16 to .25; the bar is the paper's 7.86 points."""
     latent_grpo.main(["--steps", "100", "--out", str(tmp_path / "run")])
     result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    assert result["greedy_before"] < 0.6 and result["greedy"] > 0.72 and result["sampled"] > 0.62
+    assert result["greedy_before"] < 0.6 and result["greedy"] > result["greedy_before"] + 0.0786
+    assert result["sampled"] > result["sampled_before"]
     assert result["exit_rate"] > 0.98 and result["length"] < 8 and result["greedy_skipped"] < 0.1
 
 
