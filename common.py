@@ -63,7 +63,7 @@ def add_shared_flags(parser, rl=True):
     add("--prompts_per_step", type=at_least(RANKS), default=32, help="P, problems in a batch, one per rank at least")
     add("--max_new_tokens", type=at_least(1), default=512, help="cap on the steps of a rollout, latent ones included")
     add("--lr", type=at_least(0, float), default=1e-6, help="peak learning rate of AdamW: 3 %% warm-up, cosine decay")
-    add("--micro_batch", type=at_least(1), default=4, help="rollouts in a backward pass: memory, not results")
+    add("--micro_batch", type=at_least(1), default=4, help="rows in a backward pass: memory, not results")
     add("--eval_problems", type=at_least(RANKS), default=256, help="held-out problems; at 256, standard error 3 points")
     add("--eval_every", type=at_least(0), default=20, help="steps between noise-free evaluations; 0: none")
     add("--save_every", type=at_least(1), default=20, help="steps between checkpoints")
