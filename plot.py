@@ -1,9 +1,10 @@
-"""Table and figure of finished runs.
+"""Table and figures of finished runs.
 
-    python plot.py runs/*                                   # a table: mean ± std over the seeds of each setting
-    python plot.py runs/* --figure curves.png               # and learning curves
-    python plot.py runs/* --jsonl runs.jsonl                # and one JSON line per run, which plot.py reads as well
-    python plot.py runs.jsonl --figure curves.png --over texts      # over texts sampled, not over steps
+    python plot.py runs/*                                       # a table: mean ± std over the seeds of each setting
+    python plot.py runs/* --figure curves.png                   # and learning curves
+    python plot.py runs/latent-seed0 --thought thought.png      # heat map of a thought before and after training
+    python plot.py runs/* --jsonl runs.jsonl                    # and one JSON line per run, which plot.py reads as well
+    python plot.py runs.jsonl --only '^dlr' --over texts --figure curves.png     # over texts sampled, not over steps
 
 A run folder holds log.jsonl and result.json. Runs whose names differ only in `-seed<n>` form a group, and must not
 differ in anything else.
@@ -15,33 +16,29 @@ import re
 import statistics
 from pathlib import Path
 
-from common import UserError, run_main
+import torch
+
+import common
+import latent_grpo
 
 
 def read_folder(folder):
-    """A run folder -> its result with name, curve and the mean share of rollouts that taught nothing.
-
-    The curve has a point per noise-free evaluation: steps and texts so far, accuracy, and the mean reward since the
-    last point.
-    """
+    """A run folder -> its result, with a name and a curve: at each noise-free evaluation steps, texts and accuracy."""
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "reward" in row]  # steps of RL
     result = json.loads((folder / "result.json").read_text())
     batch = result["args"]["prompts_per_step"] * result["args"].get("group_size", 1)  # latent_sft.py has no groups
-    points, rewards, texts = [{"step": 0, "texts": 0, "greedy": result.get("greedy_before", 0.0)}], [], 0
+    curve, texts = [{"step": 0, "texts": 0, "greedy": result.get("greedy_before", 0.0)}], 0
     for row in rows:
-        rewards.append(row["reward"])
-        texts = row.get("main_decodes", texts + row.get("rollouts", batch))
+        texts += row.get("rollouts", batch)
         if "greedy" in row or row is rows[-1]:
-            point = {"step": row["step"] + 1, "texts": texts, "greedy": row.get("greedy", result["greedy"])}
-            points.append(point | {"reward": round(statistics.mean(rewards), 4)})
-            rewards = []
+            curve.append({"step": row["step"] + 1, "texts": texts, "greedy": row.get("greedy", result["greedy"])})
     if rows:
         result["zero_advantage"] = round(statistics.mean(row["zero_advantage"] for row in rows), 4)
-    return {"name": folder.name} | result | {"curve": points}
+    return {"name": folder.name} | result | {"curve": curve}
 
 
-def read_groups(paths):
+def read_groups(paths, only):
     """Run folders and .jsonl files -> {group: list of runs}; folders of unfinished runs are passed over."""
     runs, groups = [], {}
     for path in map(Path, paths):
@@ -49,84 +46,105 @@ def read_groups(paths):
             runs += [json.loads(line) for line in path.read_text().splitlines()]
         elif (path / "result.json").exists():
             runs.append(read_folder(path))
-    for run in runs:
+    for run in (run for run in runs if re.search(only, run["name"])):
         groups.setdefault(re.sub(r"-seed\d+", "", run["name"]), []).append(run)
     if not groups:
-        raise UserError("none of these is a finished run (a folder with result.json) or a .jsonl file of runs")
+        raise common.UserError("none of these is a finished run: a folder with result.json, or a line of a .jsonl file")
     for name, group in groups.items():
-        settings = [{**run["args"], "seed": None, "out": None} for run in group]
-        unlike = {key for each in settings for key in each if each[key] != settings[0].get(key)}
-        if unlike:
-            raise UserError(f"runs named {name} differ in {', '.join(sorted(unlike))}: give each setting its own name")
+        unlike = {key for run in group for key in run["args"] if run["args"][key] != group[0]["args"].get(key)}
+        if unlike - {"seed", "out"}:
+            raise common.UserError(f"runs named {name} differ in {', '.join(sorted(unlike))}: rename some")
     return groups
 
 
-def spread(values):
-    """'0.981 ± 0.004' over seeds, the unbiased standard deviation; a single run has none."""
-    mean = f"{statistics.mean(values):.3f}"
-    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
-
-
 def table(groups):
-    """Markdown: a row per group, before -> after of each accuracy."""
-    keys = ["greedy", "sampled", "pass@8", "greedy_no_latents", "exit_rate", "greedy_heaviest", "zeroed", "averaged",
-            "swapped", "length", "zero_advantage"]  # fmt: skip
+    """Markdown: a row per group; of each accuracy the mean before -> mean ± standard deviation after."""
+    keys = ["greedy", "sampled", "pass@8", "length", "exit_rate", "averaged", "swapped", "zero_advantage"]
     keys = [key for key in keys if any(key in run for group in groups.values() for run in group)]
     lines = ["| runs | seeds | steps | seconds | " + " | ".join(keys) + " |", "|---" * (len(keys) + 4) + "|"]
     for name, group in groups.items():
-        cells = []
+        cells = [name, len(group), group[0]["steps"], f"{statistics.mean(run.get('seconds', 0) for run in group):.0f}"]
         for key in keys:
             after = [run[key] for run in group if key in run]
-            before = [run[f"{key}_before"] for run in group if f"{key}_before" in run and key != "length"]
+            before = [run[f"{key}_before"] for run in group if f"{key}_before" in run]
             arrow = f"{statistics.mean(before):.3f} → " if before else ""
-            cells.append(arrow + spread(after) if len(after) == len(group) else "")
-        seconds = f"{statistics.mean(run['seconds'] for run in group):.0f}"
-        lines.append(f"| {name} | {len(group)} | {group[0]['steps']} | {seconds} | {' | '.join(cells)} |")
+            numbers = [f(after) for f in (statistics.mean, statistics.stdev)[: len(after)]]  # one run has no deviation
+            cells.append(arrow + " ± ".join(f"{number:.3f}" for number in numbers))
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
-def figure(groups, path, over):
-    """Two panels, mean and ± one std over seeds: noise-free accuracy and the reward of the rollouts."""
-    import matplotlib
+def draw_curves(groups, over, picture):
+    """Noise-free accuracy: mean and ± one standard deviation over seeds."""
+    axis = picture.subplots()
+    for name, group in groups.items():
+        curves = [{point[over]: point["greedy"] for point in run["curve"]} for run in group]
+        xs = sorted(set.intersection(*map(set, curves)))
+        accuracy = torch.tensor([[curve[x] for x in xs] for curve in curves])  # (seeds, points)
+        std, mean = torch.std_mean(accuracy, 0, correction=min(1, len(group) - 1))  # (points,) each
+        axis.plot(xs, mean, label=f"{name} ({len(group)} seeds)")
+        axis.fill_between(xs, mean - std, mean + std, alpha=0.15)
+    axis.set(xlabel=over, ylabel="noise-free accuracy, held-out", ylim=(0, 1.02))
+    axis.legend()
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    panels = {"greedy": "noise-free accuracy, held-out", "reward": "reward of training rollouts"}
-    picture, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
-    for (key, title), axis in zip(panels.items(), axes, strict=True):
-        for name, group in groups.items():
-            curves = [{point[over]: point[key] for point in run["curve"] if key in point} for run in group]
-            xs = sorted(set.intersection(*(set(curve) for curve in curves)))
-            means = [statistics.mean(curve[x] for curve in curves) for x in xs]
-            axis.plot(xs, means, label=f"{name} ({len(group)} seeds)")
-            if len(group) > 1:
-                stds = [statistics.stdev(curve[x] for curve in curves) for x in xs]
-                low, high = ([m + sign * s for m, s in zip(means, stds, strict=True)] for sign in (-1, 1))
-                axis.fill_between(xs, low, high, alpha=0.15)
-        axis.set(title=title, xlabel=over, ylim=(0, 1.02))
-        axis.grid(alpha=0.3)
-    picture.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    picture.savefig(path, dpi=100)
+def think(run, number):
+    """What a run of latent_grpo.py thinks of a held-out problem, noise-free, before and after training. -> dict, a
+    latent as {word: weight}"""
+    if run["method"] != "latent_grpo":
+        raise common.UserError(f"--thought: {run['name']} is no run of latent_grpo.py")
+    args = argparse.Namespace(**run["args"])
+    problem = common.take_problems(args, "test", number, 1)[0]
+    thought = {"question": problem.question.strip(), "answer": problem.answer}
+    for when, model in (("before", args.model), ("after", f"{args.out}/model")):
+        lm = common.load_model(argparse.Namespace(**run["args"] | {"model": model}))
+        prompt = common.encode_prompt(lm.tokenizer, problem, args.think_text)
+        roll = latent_grpo.rollout(lm, [prompt], 1, args, None, noise_free=True)
+        words = [map(lm.tokenizer.decode, ids) for ids in roll.ids[0, : roll.latents[0]].tolist()]  # (T, K)
+        weights = roll.scores[0, : roll.latents[0]].softmax(-1).tolist()  # (T, K)
+        latents = [dict(zip(*pair, strict=True)) for pair in zip(words, weights, strict=True)]
+        thought[when] = {"latents": latents, "text": latent_grpo.score(lm, roll, [problem])[0][0].strip()}
+    return thought
+
+
+def draw_thought(thought, picture):
+    """Before and after training: a row per latent, a column per word that some latent holds, weights as shades."""
+    thoughts = [(when, thought[when]["latents"]) for when in ("before", "after")]
+    words = {word for _, latents in thoughts for latent in latents for word, weight in latent.items() if weight > 0.02}
+    words = sorted(words, key=lambda word: word.strip().zfill(3))  # (columns,)
+    picture.suptitle(f"{thought['question']}   (answer: {thought['answer']})")
+    for (when, latents), axis in zip(thoughts, picture.subplots(1, 2), strict=True):
+        axis.imshow([[latent.get(word, 0) for word in words] for latent in latents], cmap="Blues", aspect="auto")
+        axis.set_xticks(range(len(words)), words)
+        axis.set(yticks=[], ylabel="latents, the first on top", title=f"{when} training: {thought[when]['text']}")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Table and figure of finished runs: mean ± std over seeds.")
-    parser.add_argument("runs", nargs="+", help="run folders, and .jsonl files with a run in every line")
-    parser.add_argument("--figure", help="picture to write, .png or .pdf")
-    parser.add_argument("--over", default="step", choices=["step", "texts"], help="horizontal axis of the figure")
-    parser.add_argument("--jsonl", help="file to write, one line per run")
+    parser = argparse.ArgumentParser(description="Table and figures of finished runs: mean ± std over seeds.")
+    add = parser.add_argument
+    add("runs", nargs="+", help="run folders, and .jsonl files with a run in every line")
+    add("--only", default="", help="regular expression: runs whose names it matches")
+    add("--figure", help="learning curves to write, .png or .pdf")
+    add("--over", default="step", choices=["step", "texts"], help="horizontal axis of the curves")
+    add("--thought", help="heat map to write: a thought of the first run, before and after training")
+    add("--problem", type=int, default=0, help="number of the held-out problem that it is about")
+    add("--jsonl", help="file to write, one line per run")
     args = parser.parse_args(argv)
-    if args.figure and Path(args.figure).suffix not in (".png", ".pdf"):
-        parser.error("--figure must end in .png or .pdf")
-    groups = read_groups(args.runs)
+    groups = read_groups(args.runs, args.only)
     print(table(groups))
+    first = next(iter(groups.values()))[0]
+    if args.thought and "thought" not in first:
+        first["thought"] = think(first, args.problem)
     if args.jsonl:
-        lines = [json.dumps(run) for group in groups.values() for run in group]
-        Path(args.jsonl).write_text("\n".join(lines) + "\n")
-    if args.figure:
-        figure(groups, args.figure, args.over)
+        Path(args.jsonl).write_text("".join(json.dumps(run) + "\n" for group in groups.values() for run in group))
+    figures = [(args.figure, draw_curves, groups, args.over), (args.thought, draw_thought, first.get("thought"))]
+    for path, draw, *what in figures:
+        if path:
+            from matplotlib.figure import Figure  # here, because tables do without it
+            picture = Figure(figsize=(10, 4), layout="constrained")
+            draw(*what, picture)
+            picture.savefig(path, dpi=100)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    common.run_main(main)
