@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2C
 
 import common
 import lepo
+import plot
 import test_lepo as t
 import tiny
 from common import Problem, UserError
@@ -463,3 +464,32 @@ def test_pretraining_runs(tmp_path, monkeypatch, capsys):
     tiny.main()
     assert "noise-free accuracy" in capsys.readouterr().out
     common.load_model(SimpleNamespace(model=str(tmp_path / "tiny"), device="cpu", compile=False))
+
+
+# --- 6. plot.py -------------------------------------------------------------------------------------------------------
+
+
+def test_table_and_curves_are_those_of_the_runs(tmp_path, capsys):
+    rows = [{"step": step, "reward": 0.5, "zero_advantage": 0.25} for step in range(3)]
+    rows[1]["greedy"] = 0.25  # an evaluation in between
+    for name, greedy in {"a-seed0": 0.5, "a-seed1": 0.75, "a-seed2": 1.0, "b-seed0": 0.375}.items():
+        args = {"prompts_per_step": 2, "group_size": 4, "seed": name[-1], "lr": name[0]}
+        result = {"method": "lepo", "steps": 3, "seconds": 7, "greedy_before": 0.125, "greedy": greedy, "args": args}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        (tmp_path / name / "result.json").write_text(json.dumps(result))
+    (tmp_path / "unfinished").mkdir()
+    folders, lines, picture = sorted(map(str, tmp_path.iterdir())), tmp_path / "runs.jsonl", tmp_path / "curves.png"
+    plot.main([*folders, "--jsonl", str(lines), "--figure", str(picture)])
+    printed = capsys.readouterr().out
+    assert "| a | 3 | 3 | 7 | 0.125 → 0.750 ± 0.250 | 0.250 ± 0.000 |" in printed and "unfinished" not in printed
+    assert "| b | 1 | 3 | 7 | 0.125 → 0.375 | 0.250 |" in printed and picture.stat().st_size > 5000
+    curve = json.loads(lines.read_text().splitlines()[1])["curve"]
+    assert [tuple(point.values()) for point in curve] == [(0, 0, 0.125), (2, 16, 0.25), (3, 24, 0.75)]
+    plot.main([str(lines)])
+    assert capsys.readouterr().out == printed
+    plot.main([str(lines), "--only", "^b"])
+    assert "| a |" not in capsys.readouterr().out
+    lines.write_text(lines.read_text().replace("b-seed0", "a-seed3"))
+    with pytest.raises(UserError, match="runs named a differ in .*lr"):
+        plot.main([str(lines)])

@@ -28,6 +28,7 @@ import common
 import latent_grpo
 import latent_sft
 import lepo
+import plot
 from common import Problem, UserError
 from test_latent_grpo import PROMPTS, assert_close, random_model
 
@@ -249,6 +250,25 @@ def test_a_run_leaves_a_log_a_result_and_a_model(name, runs):
     out = (runs / f"{name}.out").read_text()
     assert json.loads(out.strip().splitlines()[-1]).items() <= result.items()
     assert "? <think>\n    latent  1  ' " in out and "\n    text       '" in out and "the answer is" in out
+
+
+def test_a_thought_before_and_after_training_is_a_picture(runs, tmp_path):
+    """What plot.py says of it is checked against the model's own first step behind the prompt."""
+    lines, picture = tmp_path / "runs.jsonl", tmp_path / "thought.png"
+    flags = ["--thought", str(picture), "--problem", "3"]
+    plot.main([str(runs / "latent_grpo"), *flags, "--jsonl", str(lines)])
+    thought = json.loads(lines.read_text())["thought"]
+    assert picture.stat().st_size > 5000
+    for when, folder in (("before", HERE / "tiny_latent"), ("after", runs / "latent_grpo/model")):
+        tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
+        with torch.no_grad():
+            logits = model(torch.tensor([tokenizer.encode(" " + thought["question"])])).logits[0, -1]
+        probs, ids = logits.softmax(-1).topk(10)
+        latent = dict(zip(map(tokenizer.decode, ids), (probs / probs.sum()).tolist(), strict=True))
+        assert thought[when]["latents"][0] == pytest.approx(latent, abs=1e-5) and "</think>" in thought[when]["text"]
+    assert thought["before"]["latents"] != thought["after"]["latents"]
+    with pytest.raises(common.UserError, match="no run of latent_grpo.py"):
+        plot.main([str(runs / "latent_sft"), *flags])
 
 
 @both
