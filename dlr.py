@@ -1,12 +1,12 @@
 r"""DeepLatent Reasoning, DLR (arXiv 2601.17275), in one file. No other public code was found.
 
-    python dlr.py                               # a frozen tiny model on a laptop CPU, about two minutes
+    python dlr.py                               # a frozen tiny model on a laptop CPU, a minute or two
     python dlr.py --policy prompt               # a control: one learned prompt for all problems
     python dlr.py --model Qwen/Qwen2.5-1.5B-Instruct --assistant Qwen2.5-0.5B          # GSM8K, one GPU
 
 A large model stays as it is, to the bit. A small one, the assistant, reads the problem and writes T latents into the
-prompt of the large one, which then answers greedily. What is explored are not the words of the answer but the latents.
-RL trains the assistant, so that latents which lead to right answers become likelier.
+prompt of the large one, which then answers greedily. RL explores latents, not words of the answer: it trains the
+assistant, so that latents which lead to right answers become likelier.
 
 For a problem x and a group of G trajectories i:
 
@@ -15,32 +15,35 @@ For a problem x and a group of G trajectories i:
   (2)  text:        y_i = greedy M([E(x); f(z_i1) ... f(z_iT); E(cue)]),  M frozen,  f(z) = softmax(W z) E,  W fixed
   (3)  reward:      R_i = R_corr + lambda R_form,  each 1 or -1: a right answer, the form that was asked for
   (4)  advantage:   A_i = (R_i - mean_group R) / (std_group R + 1e-6)
-  (5)  objective:   J = mean_i [min(rho_i A_i, clip(rho_i, 1-eps, 1+eps) A_i) - beta KL(pi || pi_ref)],
+  (5)  objective:   J = mean_i [min(rho_i A_i, clip(rho_i, 1-eps, 1+eps) A_i) - beta KL(pi || pi_ref) / d],
                     rho_i = exp((log pi(z_i) - log pi_old(z_i)) / d),  pi_ref: the policy at the start
-  (6)  contrastive: L_cl = -mean_k log(exp(s z_k . z_k) / sum_j exp(s z_k . z_j)),  k and j in one group, step by step
-  (7)  loss:        -J + gamma L_cl
+  (6)  contrastive: L_cl = -mean_tk log(exp(s z_kt . z_kt) / sum_j exp(s z_kt . z_jt)),  k and j in one group,
+                    s = 1 / (d sigma^2) with the sigma of the start
+  (7)  loss:        -J + gamma L_cl,  and with a pre-screen (value(z_i) - R_i)^2, which trains the value head alone
 
-With --filter prescreen a value head sees all G latents, and M decodes only the 18 % of which it expects most.
+With --filter prescreen M decodes only 18 % of the G latents: those of which a value head expects most, and, for a
+quarter of the places, others at random.
 
 What the paper leaves open, and what is done here:
   1. *f*: a latent has 512 numbers, the main model's embeddings 4,096; the map between them is not given. Here a latent
      becomes a soft token, a mixture of the main model's words. --projection identity is the literal reading: z is the
-     embedding, and d its width. RL trains neither, since z, before f, is the action.
+     embedding, and d its width. RL trains neither W nor E: the action is z, before f.
   2. *The density* in rho and KL is not defined: here the Gaussian of (1), whose KL has a closed form.
   3. *The exponent* of rho: a sum over T d numbers moves so far in one AdamW step that exp overflows. So log rho and KL
-     are divided by d, and log rho is held within 5.
-  4. *When is it filtered?* Its Algorithm 1 decodes all G, its section on cost decodes 18 %, by a score that it does not
-     define. What the pre-screen takes is no fair draw of pi, so its gradient is biased.
-  5. *"Bidirectional"*: the scores of (6) are symmetric, so both directions are equal. Its sum over k is a mean here;
-     and s = 1 / (d sigma^2) instead of 1, where (6) is exactly 0 in float32 for d = 512. On draws, which are
-     constants, (6) has no gradient: it gets one through mu + sigma noise.
+     are divided by d (by T d, log rho would hardly move), and log rho is held within 5.
+  4. *Filtering*: its Algorithm 1 decodes all G, its section on cost decodes 18 %, by a score that it does not define.
+     What the pre-screen takes is no fair draw of pi, so its gradient is biased.
+  5. *"Bidirectional"*: the scores of (6) are symmetric, so both directions are equal. Its sum over k is a mean here.
+     Its s is 1, where (6) is exactly 0 in float32 for d = 512. On draws, which are constants, (6) has no gradient: it
+     gets one through mu + sigma noise.
   6. *Place*: the latents stand behind the question, before the cue <think>. T is fixed. In evaluations z is mu.
-  7. Not reported and chosen here: lambda .2, eps .2, one update per batch, the deviation of the population in (4).
+  7. Not reported and chosen here: lambda .2, eps .2, one update per batch, the population's standard deviation in (4).
   8. Numbers of the paper: 55.4 on GSM8K against GRPO's 46.2, 18 % decoded at no loss, 4.7 points from (6) on MATH; one
      run each. README says what of it is seen in small.
 
-Why words? A fitting note in its prompt would steer the tiny main model. Gaussian noise in embedding space hardly ever
-is one: .07 to .09 of the groups have right and wrong answers. Of mixtures of words, .37 have.
+Why words? The tiny main model was pretrained with notes in half of its prompts: behind `mind+` it forgets no carry.
+Mixtures of words often contain such a note: before training .37 of the groups have right and wrong answers. Gaussian
+noise in embedding space hardly ever comes near one: .05 to .08.
 """
 
 import argparse
@@ -60,7 +63,7 @@ import common
 TINY = dict(
     assistant="tiny", data="tiny", latent_dim=32, max_new_tokens=40, eval_problems=512, eval_every=10, micro_batch=64,
     kind="single",  # chains of one sign, each of which one note would help
-    latent_steps=4,  # with six, what else stands in the prompt drowns the right word
+    latent_steps=4,  # with six, the other latents drown the right word
     steps=100, prompts_per_step=32,  # with 96 texts a step two of five runs stayed at one message for everybody
     lr=3e-3, lr_assistant=1e-3,  # the best of 1e-3, 3e-3 and 6e-3, a third of it for the assistant
     contrast=0.01,  # at the paper's .1 sigma doubles, and .56 of the samples are right instead of .97
@@ -101,7 +104,8 @@ def parse_args(argv=None):
 class LatentPolicy(torch.nn.Module):
     """pi(z | x): assistant, T queries, two heads; the fixed map W of (2), and the value head of the pre-screen.
 
-    At the start the noise is far larger than the mean and the same everywhere. sigma stays within e^-4 and e times it.
+    At the start the noise is far larger than the mean, and sigma the same everywhere. It stays within e^-4 and e times
+    that.
     """
 
     def __init__(self, lm, main_lm, args):
@@ -121,8 +125,8 @@ class LatentPolicy(torch.nn.Module):
         seen = args.latent_steps * d + width  # numbers in the value head's view of a trajectory
         layers = torch.nn.Linear(seen, 64), torch.nn.GELU(), torch.nn.Linear(64, 1)
         self.value = torch.nn.Sequential(torch.nn.LayerNorm(seen), *layers)
-        # W. Over V random logits a softmax turns from a mean of everything into a choice of few at a deviation of
-        # sqrt(2 ln V); at 1.4 times that, most draws mix two to five words. With rows of one norm all are as likely.
+        # W. Below a deviation of sqrt(2 ln V) a softmax over V random logits is spread over all, above it over few: at
+        # 1.4 times that, most draws mix two to five words. All rows have one norm, so all words are equally likely.
         directions = F.normalize(torch.randn(vocabulary, d), dim=-1)
         self.register_buffer("words", 1.4 * math.sqrt(2 * math.log(vocabulary)) * directions)  # (V, d)
         self.to(args.device)
@@ -166,25 +170,26 @@ FORMAT = "Reason between <think> and </think>, then give only the final answer b
 def encode(tokenizer, problems):
     """-> prompts, lists of token ids, that end where the latents begin; token ids of the cue behind these"""
     cue, prompts = " <think>" if problems[0].form == "think" else "<think>", []
-    for problem in problems:  # the built-in task's end in the cue
+    for problem in problems:  # the built-in task's questions end in the cue, to others the form is added
         question = problem.question.removesuffix(cue) if problem.form == "think" else f"{problem.question}\n{FORMAT}\n"
-        prompts.append(common.encode_prompt(tokenizer, common.Problem(question, "", "tags")))
+        prompts.append(common.encode_prompt(tokenizer, common.Problem(question, "", "tags")))  # no \boxed{}
     return prompts, tokenizer.encode(cue, add_special_tokens=False)
 
 
 def decode(main_lm, problems, thoughts, args):
     """Equation (2): embeddings (P, K, T, D) -> P * K texts, their lengths and whether they ended, (P, K) each
 
-    The decoder holds the KV cache: feed(embeddings) gives the next logits, keep(rows) drops other rows.
+    The decoder holds the KV cache and runs a prompt once for its K thoughts: feed(embeddings) gives the next logits,
+    keep(rows) drops the other rows.
     """
     prompts, cue = encode(main_lm.tokenizer, problems)
-    cue = main_lm.table[cue].expand(thoughts.shape[0] * thoughts.shape[1], -1, -1)  # (N, cue, D)
-    before_text = torch.cat([thoughts.flatten(0, 1), cue], 1)  # (N, T + cue, D)
-    tokens = torch.zeros(len(cue), args.max_new_tokens, dtype=torch.long, device=args.device)  # (N, steps)
+    thought = thoughts.flatten(0, 1)  # (N, T, D)
+    before_text = torch.cat([thought, main_lm.table[cue].expand(len(thought), -1, -1)], 1)  # (N, T + cue, D)
+    tokens = torch.zeros(len(thought), args.max_new_tokens, dtype=torch.long, device=args.device)  # (N, max_new_tokens)
     length, rows = torch.zeros_like(tokens[:, 0]), torch.arange(len(tokens), device=args.device)  # (N,), (B,)
     ended, stop_ids = torch.zeros_like(length, dtype=torch.bool), torch.tensor(main_lm.stop_ids, device=args.device)
     with torch.no_grad(), main_lm.autocast():
-        steps = before_text.shape[1] + args.max_new_tokens
+        steps = before_text.shape[1] + args.max_new_tokens  # that follow the prompt, at most
         decoder = common.Decoder(main_lm, prompts, thoughts.shape[1], steps)
         for embeds in before_text.unbind(1):  # (N, D)
             logits = decoder.feed(embeds)  # (N, V)
@@ -292,7 +297,7 @@ def gaussian_kl(mu, log_std, ref_mu, ref_log_std):
 
 
 def contrastive(z, scale):
-    """Equation (6): z (P, G, T, d) -> (P,), from 0, when latents lie far apart, to log G, when all are one.
+    """Equation (6): z (P, G, T, d) -> (P,), near 0 when latents lie far apart, log G when all are equal
 
     All draws of a problem share one mu, so what lowers it is mostly a larger sigma: it works like an entropy bonus.
     """
@@ -366,8 +371,8 @@ def right_note(main_lm, problems, args):
 
 
 def evaluate(policy, problems, args, full):
-    """Accuracy, form and length with z = mu. `full`: with drawn latents too, and with z = mu of less use:
-    no_latents, the main model alone; averaged, the mean of all problems' mu; swapped, another problem's mu -> dict"""
+    """Accuracy, form and length with z = mu. `full`: also with drawn latents, and three controls: no_latents, the main
+    model alone; averaged, the mean of all problems' mu; swapped, another problem's mu -> dict"""
     generator = torch.Generator(args.device).manual_seed(12345 + common.RANK)
     mine, main_lm = problems[common.RANK :: common.RANKS], policy.main_lm
     size = max(1, args.prompts_per_step * decodes(args) // common.RANKS)  # rows, as in training
@@ -393,7 +398,7 @@ def evaluate(policy, problems, args, full):
         controls = {"averaged": mu.mean(0, keepdim=True).expand_as(mu), "swapped": mu.roll(1, 0)}
         scores |= {name: common.mean(accuracy(name, z)[0]) for name, z in controls.items()}
         scores["no_latents"] = common.mean(accuracy("no latents", mu[:, :, :0])[0])
-        if args.data == "tiny":
+        if args.data == "tiny" and args.kind != "mixed":  # where one note fits a problem
             note = right_note(main_lm, mine, args)
             scores["right_note"] = common.mean(accuracy("right note", note, embed=lambda embeds: embeds)[0])
     return {key: round(value, 4) for key, value in scores.items()}
@@ -411,8 +416,11 @@ def describe(policy, roll, problems, rewards, advantages):
     """The rarest success, with the words that each latent mixes, or, if it mixes none, the nearest by cosine -> str"""
     n = int(advantages.argmax())
     problem, z = problems[n // rewards.shape[1]], roll.z.flatten(0, 1)[n]  # (T, d)
-    nearest = F.normalize(policy.project(z), dim=-1) @ F.normalize(policy.main_lm.table, dim=-1).T  # (T, V)
-    top, ids = (policy.mixture(z) if policy.args.projection == "words" else nearest).topk(4)  # (T, 4) each
+    if policy.args.projection == "words":
+        likeness = policy.mixture(z)  # (T, V)
+    else:
+        likeness = F.normalize(z, dim=-1) @ F.normalize(policy.main_lm.table, dim=-1).T  # (T, V)
+    top, ids = likeness.topk(4)  # (T, 4) each
     lines = []
     for t, (weights, words) in enumerate(zip(top.tolist(), ids.tolist(), strict=True), 1):
         pairs = zip(words, weights, strict=True)
@@ -431,7 +439,8 @@ def check_frozen(main_lm, args):
     digest = hashlib.sha256()
     for name, tensor in sorted(main_lm.model.state_dict().items()):
         digest.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    if vars(args).setdefault("main_sha256", digest.hexdigest()) != digest.hexdigest():
+    args.main_sha256 = vars(args).get("main_sha256", digest.hexdigest())
+    if args.main_sha256 != digest.hexdigest():
         raise common.UserError(f"{args.model} is not, to the bit, the main model that this run began with")
 
 

@@ -214,15 +214,15 @@ def replay(lm, roll, rows, args):
     steps = int(roll.length[rows].max())  # T in use
     ids, scores = roll.ids[rows, :steps], roll.scores[rows, :steps]  # (B, T, K)
     mask, is_latent = (torch.arange(steps, device=ids.device) < x[rows, None] for x in (roll.length, roll.latents))
-    prompts, of = (rows // roll.group_size).unique(return_inverse=True)  # (p,), (B,) the one that a row continues
+    prompts, which = (rows // roll.group_size).unique(return_inverse=True)  # (p,) distinct, (B,) the one of each row
     prompt, prompt_mask = common.left_pad([roll.prompts[i] for i in prompts.tolist()], ids.device)  # (p, L)
     cache = common.DynamicCache(config=lm.model.config)
     with lm.autocast():
-        hidden = lm.hidden_states(lm.table[prompt], prompt_mask, cache)[of, -1:]  # (B, 1, D) before step 0
-        cache.batch_select_indices(of)
+        hidden = lm.hidden_states(lm.table[prompt], prompt_mask, cache)[which, -1:]  # (B, 1, D) before step 0
+        cache.batch_select_indices(which)
         if steps > 1:
             thought = common.mix_embeddings(lm.table, ids, scores.softmax(-1))[:, :-1]  # (B, T - 1, D), none after T
-            later = lm.hidden_states(thought, torch.cat([prompt_mask[of], mask], 1)[:, :-1], cache)  # (B, T - 1, D)
+            later = lm.hidden_states(thought, torch.cat([prompt_mask[which], mask], 1)[:, :-1], cache)  # (B, T - 1, D)
             hidden = torch.cat([hidden, later], 1)  # (B, T, D)
         log_p = common.candidate_log_probs(hidden[mask], lm.head, ids[mask], 1.0)  # (M, K), M executed
     log_probs = step_log_probs(log_p, scores[mask], is_latent[mask], args)  # (M,)

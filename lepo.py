@@ -20,22 +20,22 @@ At step t the model has seen the prompt q and the embeddings e_<t. It gives logi
   (6)  objective:       J = 1/(steps of the batch) sum_it [min(rho_t A_i, clip(rho_t, 1-eps, 1+eps) A_i) - beta KL_t],
        rho_t = exp(L_t(theta) - L_t(theta_old)),  KL_t = (L_t(theta) - L_t(ref))^2 / 2,  ref: the model at the start
 
-(5) is the paper's unification: the executed mixture is a soft label. Its gradient with respect to the
-logits is z_t - pi_t, and with a one-hot z_t it is the log-probability of an ordinary token.
+(5) is the paper's unification: the executed mixture is a soft label. Its gradient with respect to a_t / T is
+z_t - pi_t, and with a one-hot z_t it is the log-probability of an ordinary token.
 
 What (5) is and is not. For tau > 0 it is not the log of a density: its gradient has mean E[z] - pi, not 0, so the
-policy gradient is biased. On small vocabularies its direction is nearly right (cosine > .99 for smooth rewards) and its
-scale shrinks with tau (0.8 at tau .3). The exact densities (`--estimator concrete|gumbel`) are unbiased and pay about
-one unit of variance per candidate, however improbable it is. test_lepo.py proves each of these statements.
+policy gradient is biased. On small vocabularies its direction is nearly right (cosine > .99 for smooth rewards), and it
+is too short: by a factor of 0.8 at tau .3. The exact densities (`--estimator concrete|gumbel`) are unbiased; they pay
+about one unit of variance per candidate, however improbable it is. test_lepo.py proves each of these statements.
 
 Differences from the official code (github.com/YuyanZhou/lepo, a TRL 0.21 trainer), and why:
   1. The text of a latent step, for reward and end token, is the heaviest candidate of what was executed; there, the
-     argmax of the noise-free scores. (Where thoughts contain the answer, to read text steps alone gave .30, not .86.)
+     argmax of the noise-free scores. (With 20 latent steps, to verify the text steps alone ended at .30, not .86.)
   2. The verifier wants the answer in \boxed{}. There, math-verify also takes "the answer is 42".
   3. Latent steps have the ratio of (6), a z-weighted geometric mean of token ratios, not a ratio of densities. There,
      they have none, and with the released settings all ratios are 1. At the first update of a batch the two agree.
-  4. Old and reference log-probabilities are those of the executed mixtures; there, of the stand-in tokens.
-  5. KL, off by default like there, is KL_t of (6); there, k3. Its mean gradient is the KL's at unfiltered text steps.
+  4. Old and reference log-probabilities are those of the executed mixtures; there, of the tokens that stand for them.
+  5. KL, off by default like there, is KL_t of (6), whose mean gradient at unfiltered text steps is the KL's; there, k3.
   6. One loss denominator for the batch; there, a mean per rollout, which gives steps of short rollouts more weight.
   7. e_t is rebuilt in the graph with z_t constant, so E learns as an input too; there, e_t is a constant.
   8. (5) has T at all steps; there, latent steps have T = 1.
@@ -54,10 +54,9 @@ from tqdm import tqdm
 import common
 
 # --- 1. Flags: the method's are the paper's (its Qwen2.5-3B run); TINY is for the tiny model --------------------------
-
 TINY = dict(
     data="tiny", max_new_tokens=40, eval_problems=512, eval_every=10,
-    latent_steps=12,  # six tokens an operation: the first two of a chain's two to five
+    latent_steps=12,  # an operation takes six tokens, so the first two operations of two to five are latent
     tau=0.5,  # within the paper's .3 to .6
     lr=3e-4,  # the best of 1e-4, 3e-4, 6e-4: a small model takes larger steps
     micro_batch=32,  # the fastest on two cores
@@ -113,7 +112,7 @@ def gumbel_noise(like, generator):
 def soft_token(candidates, log_probs, gumbel, tau):
     """Equation (2), at tau 0 its limit. All (B, K) -> ids, weights and scores l + g, (B, K) each; (B, 1) at tau 0.
 
-    Weights are constants from here on. No gradient flows through the noise, so the reward needs no derivative.
+    Weights are constants from here on: the gradient is that of (5), not one through the sampling.
     """
     scores = log_probs + gumbel  # (B, K)
     if tau == 0:
@@ -124,7 +123,8 @@ def soft_token(candidates, log_probs, gumbel, tau):
 
 # --- 3. Rollout, (3) --------------------------------------------------------------------------------------------------
 # Soft tokens, then discrete ones until an end token or the cap. What was executed is stored, for an exact replay.
-# lm.table is E. The decoder holds the KV cache: feed(embeddings) gives the next logits, keep(rows) drops other rows.
+# lm.table is E. The decoder holds the KV cache and runs a prompt once for its G rollouts: .logits are those of step 0,
+# feed(embeddings) gives the next ones, keep(rows) drops the other rows.
 @dataclass
 class Rollout:
     """N = P * G trajectories of at most T steps; row n continues prompt n // G."""
@@ -214,7 +214,7 @@ def step_log_probs(log_p, weights, scores, is_latent, args):
     if args.estimator == "soft":
         return soft
     inside = scores > -math.inf  # (M, K)
-    log_l = log_p.masked_fill(~inside, -math.inf).log_softmax(-1).masked_fill(~inside, 0)  # of (1), (M, K)
+    log_l = log_p.masked_fill(~inside, -math.inf).log_softmax(-1).masked_fill(~inside, 0)  # l of (1), 0 outside, (M, K)
     scores = scores.masked_fill(~inside, 0)
     if args.estimator == "none":
         latent = torch.zeros_like(soft)
@@ -222,7 +222,7 @@ def step_log_probs(log_p, weights, scores, is_latent, args):
         latent = log_p.gather(-1, weights.argmax(-1, keepdim=True)).squeeze(-1)
     elif args.estimator == "gumbel":
         latent = ((log_l - scores - (log_l - scores).exp()) * inside).sum(-1)
-    else:  # concrete, from the scores: z itself would underflow
+    elif args.estimator == "concrete":  # from the scores: z itself would underflow
         m, tau = inside.sum(-1), args.tau  # (M,), number
         log_z = (scores / tau).masked_fill(~inside, -math.inf).log_softmax(-1).masked_fill(~inside, 0)  # (M, K)
         pull = (log_l - tau * log_z).masked_fill(~inside, -math.inf).logsumexp(-1)  # (M,)
@@ -240,15 +240,15 @@ def replay(lm, roll, rows, args):
     ids, weights, scores = (x[rows, :steps, :slots] for x in (roll.ids, roll.weights, roll.scores))  # (B, T, K)
     mask = torch.arange(steps, device=ids.device) < roll.length[rows, None]  # (B, T)
     is_latent = (torch.arange(steps, device=ids.device) < args.latent_steps).expand_as(mask)  # (B, T)
-    prompts, of = (rows // roll.group_size).unique(return_inverse=True)  # (p,), (B,) the one that a row continues
+    prompts, which = (rows // roll.group_size).unique(return_inverse=True)  # (p,) distinct, (B,) the one of each row
     prompt, prompt_mask = common.left_pad([roll.prompts[i] for i in prompts.tolist()], ids.device)  # (p, L)
     cache = common.DynamicCache(config=lm.model.config)
     with lm.autocast():
-        hidden = lm.hidden_states(lm.table[prompt], prompt_mask, cache)[of, -1:]  # (B, 1, D) before step 0
-        cache.batch_select_indices(of)
+        hidden = lm.hidden_states(lm.table[prompt], prompt_mask, cache)[which, -1:]  # (B, 1, D) before step 0
+        cache.batch_select_indices(which)
         if steps > 1:
             thought = common.mix_embeddings(lm.table, ids, weights)[:, :-1]  # (B, T - 1, D), the last one is never fed
-            later = lm.hidden_states(thought, torch.cat([prompt_mask[of], mask], 1)[:, :-1], cache)  # (B, T - 1, D)
+            later = lm.hidden_states(thought, torch.cat([prompt_mask[which], mask], 1)[:, :-1], cache)  # (B, T - 1, D)
             hidden = torch.cat([hidden, later], 1)  # (B, T, D)
         log_p = common.candidate_log_probs(hidden[mask], lm.head, ids[mask], args.temperature)  # (M, K), M executed
     log_probs = step_log_probs(log_p, weights[mask], scores[mask], is_latent[mask], args)  # (M,)
