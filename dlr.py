@@ -104,8 +104,7 @@ def parse_args(argv=None):
 class LatentPolicy(torch.nn.Module):
     """pi(z | x): assistant, T queries, two heads; the fixed map W of (2), and the value head of the pre-screen.
 
-    At the start the noise is far larger than the mean, and sigma the same everywhere. It stays within e^-4 and e times
-    that.
+    At the start sigma is the same everywhere and far larger than mu. It stays within e^-4 and e times that.
     """
 
     def __init__(self, lm, main_lm, args):

@@ -4,17 +4,16 @@
     pytest test_dlr.py -m slow    # runs to the end, a killed one, two processes, real tokenizer and data
 """
 
-import contextlib
+import io
+import itertools
 import json
 import math
 import os
-import shutil
-import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test depends on a network
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: what tests compare is equal on a CPU only
@@ -28,17 +27,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 import common
 import dlr
 from common import Problem
+from test_latent_grpo import PROMPTS, assert_close, random_model
+from test_latent_sft import HERE, SHARED, needs_shared, rows_of
 
-HERE = Path(__file__).parent
-SHARED = HERE.parent / "shared"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the Qwen2.5 tokenizer and data in ../shared")
 T, D = 3, 5  # latents, and numbers per latent
-PROMPTS = [[5, 6, 7], [8], [3, 4, 5, 6, 9, 10]]  # of different lengths
 PROBLEMS = [Problem(" ".join(map(str, ids)) + " <think>", str(i), "think") for i, ids in enumerate(PROMPTS)]
 CUE, STOP_IDS = [3, 4], [1, 4]
 NUMBERS = SimpleNamespace(  # a tokenizer whose words are numbers
     chat_template=None, encode=lambda text, **_: [int(word) for word in text.replace("<think>", "3 4").split()],
-    decode=lambda ids: " ".join(map(str, ids)), batch_decode=lambda rows, **_: [" ".join(map(str, ids)) for ids in rows],
+    decode=lambda ids: " ".join(map(str, ids)), batch_decode=lambda rows, **_: [NUMBERS.decode(ids) for ids in rows],
 )  # fmt: skip
 
 
@@ -46,78 +43,43 @@ def settings(**changed):
     """What the functions of dlr.py read of its arguments."""
     values = dict(
         policy="parallel", projection="words", latent_steps=T, latent_dim=D, sigma=0.7, filter="all", share=0.5,
-        group_size=4, prompts_per_step=3, max_new_tokens=12, eval_samples=4, updates_per_batch=1, clip=0.2,
+        group_size=4, prompts_per_step=2, max_new_tokens=12, eval_samples=4, updates_per_batch=1, clip=0.05,
         kl_coef=0.05, contrast=0.1, micro_batch=64, data="none", device="cpu",
     )  # fmt: skip
     return SimpleNamespace(**values | changed)
 
 
-def random_model(seed, width, vocabulary):
-    """A small random Qwen2 whose attention depends on what is seen -> lm"""
-    torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=vocabulary, hidden_size=width, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=False, eos_token_id=STOP_IDS,
-    )  # fmt: skip
-    model = Qwen2ForCausalLM(config).eval()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.mul_(8.0 if "q_proj" in name or "k_proj" in name or "embed" in name else 1.0)
-    return common.LanguageModel(model, NUMBERS, model.model.embed_tokens.weight, model.lm_head.weight, STOP_IDS)
-
-
 def build(args, stirred=True):
-    """A policy before a frozen main model of another size. Stirred, it is no longer what it is at the start."""
-    main_lm, lm = random_model(7, 16, 12), random_model(2, 24, 14)
-    main_lm.model.requires_grad_(False)
-    torch.manual_seed(0)
+    """A policy before a frozen main model. Stirred, it is no longer what it is at the start."""
+    main_lm, lm = random_model(), random_model(seed=2, vocabulary=14)
+    main_lm.head = main_lm.model.lm_head.weight = torch.nn.Parameter(torch.randn(12, 16))  # tied, it repeats itself
+    for each in (main_lm, lm):
+        each.tokenizer, each.stop_ids = NUMBERS, STOP_IDS
+        each.model.requires_grad_(each is lm)
     policy = dlr.LatentPolicy(lm, main_lm, args)
     with torch.no_grad():
+        for name, weight in main_lm.model.named_parameters():
+            weight.mul_(5.0 if "v_proj" in name or "o_proj" in name else 1.0)  # what it says depends on what it sees
         for weight in [*policy.mu.parameters(), *policy.log_std.parameters()] if stirred else []:
             weight.add_(0.1 * torch.randn(weight.shape))
     return policy
 
 
-def roll_out(policy, args, seed=0):
-    return dlr.rollout(policy, PROBLEMS, args, torch.Generator().manual_seed(seed))
+def roll_out(policy):
+    """-> rollout of the three problems; rewards and advantages of both signs, (P, K) each"""
+    generator = torch.Generator().manual_seed(0)
+    roll = dlr.rollout(policy, PROBLEMS, policy.args, generator)
+    return roll, *torch.randn(2, *roll.z.shape[:2], generator=generator)
 
 
-def some(roll, seed=0):
-    """(P, K), of both signs"""
-    return torch.randn(roll.z.shape[:2], generator=torch.Generator().manual_seed(seed))
-
-
-def optimizer_of(policy, lr, kind=torch.optim.SGD, **options):
+def update(policy, ref, batch, lr=0.0, bound=lambda *_: torch.ones(())):
+    """dlr.update without a bound on norms -> gradients of its last pass by name, metrics"""
     heads = [policy.queries, *policy.norm.parameters(), *policy.mu.parameters(), *policy.log_std.parameters()]
     groups = heads, policy.assistant.parameters(), policy.value.parameters()
-    return kind([{"params": group} for group in groups], lr=lr, **options)
-
-
-def gradients(policy, roll, advantages, args, ref=None, rewards=None, lr=0.0):
-    """What dlr.update computes before norms are bounded, in its last pass -> gradients by name, metrics"""
-    bound, torch.nn.utils.clip_grad_norm_ = torch.nn.utils.clip_grad_norm_, lambda *_: torch.ones(())
-    try:
-        metrics = dlr.update(policy, ref, optimizer_of(policy, lr), roll, rewards, advantages, args)
-    finally:
-        torch.nn.utils.clip_grad_norm_ = bound
+    adamw = torch.optim.AdamW([{"params": group} for group in groups], lr=lr, weight_decay=0)
+    with mock.patch("torch.nn.utils.clip_grad_norm_", bound):
+        metrics = dlr.update(policy, ref, adamw, *batch, policy.args)
     return {name: weight.grad.clone() for name, weight in policy.named_parameters()}, metrics
-
-
-def gradients_of(loss, policy):
-    names, weights = zip(*policy.named_parameters(), strict=True)
-    found = zip(names, weights, torch.autograd.grad(loss, weights, allow_unused=True), strict=True)
-    return {name: torch.zeros_like(weight) if grad is None else grad for name, weight, grad in found}
-
-
-def assert_close(ours, theirs, tolerance=2e-5):
-    scale = max(gradient.abs().max() for gradient in theirs.values())
-    assert scale > 0 and ours.keys() == theirs.keys()
-    for name in theirs:
-        assert (ours[name] - theirs[name]).abs().max() <= tolerance * scale, name
-
-
-def changed_weights(policy, before):
-    return {name for name, weight in policy.state_dict().items() if not torch.equal(weight, before[name])}
 
 
 # --- 2. The latent policy ---------------------------------------------------------------------------------------------
@@ -131,109 +93,78 @@ def test_states_are_the_assistants_own_at_the_queries_and_depend_on_the_prompt_a
     for i, prompt in enumerate(PROMPTS):
         embeds = torch.cat([policy.lm.table[torch.tensor(prompt)], policy.queries])[None]
         theirs = policy.assistant(inputs_embeds=embeds, output_hidden_states=True).hidden_states[-1][0, -T:]
-        theirs = F.layer_norm(theirs, (24,), policy.norm.weight, policy.norm.bias)
-        assert torch.allclose(states[i, 0], theirs, atol=1e-4)
-        assert torch.allclose(mu[i, 0], theirs @ policy.mu.weight.T + policy.mu.bias, atol=1e-4)
-        assert torch.allclose(log_std[i, 0], theirs @ policy.log_std.weight.T + policy.log_std.bias, atol=1e-4)
+        theirs = F.layer_norm(theirs, (16,), policy.norm.weight, policy.norm.bias)
+        for ours, expected in ((states, theirs), (mu, policy.mu(theirs)), (log_std, policy.log_std(theirs))):
+            assert torch.allclose(ours[i, 0], expected, atol=1e-4)
 
 
 def test_one_prompt_for_all_problems_does_not_see_them_nor_train_the_assistant():
-    args = settings(policy="prompt")
-    policy = build(args)
-    mu, before = policy(PROMPTS)[0], {name: weight.clone() for name, weight in policy.state_dict().items()}
+    policy = build(settings(policy="prompt"))
+    mu, (ours, _) = policy(PROMPTS)[0], update(policy, None, roll_out(policy))
     assert torch.equal(mu, mu[:1].expand_as(mu)) and (mu[0, 0, 0] - mu[0, 0, 1]).abs().max() > 0.01
-    roll = roll_out(policy, args)
-    dlr.update(policy, None, optimizer_of(policy, 1e-2, torch.optim.AdamW, weight_decay=0), roll, None, some(roll), args)
-    heads = ("queries", "norm.", "mu.", "log_std.")
-    assert changed_weights(policy, before) == {name for name in before if name.startswith(heads)}
+    assert {name.split(".")[0] for name in ours if ours[name].any()} == {"queries", "norm", "mu", "log_std"}
 
 
 def test_the_policy_at_the_start():
     """Noise of the size that was asked for, everywhere, and far larger than the mean; W with rows of one norm."""
-    policy = build(settings(sigma=0.7), stirred=False)
+    policy = build(settings(), stirred=False)
     mu, log_std, _ = policy(PROMPTS)
     assert torch.allclose(log_std.exp(), torch.tensor(0.7)) and mu.square().mean().sqrt() < 0.2 * 0.7
     assert torch.allclose(policy.words.norm(dim=-1), torch.tensor(1.4 * math.sqrt(2 * math.log(12))))
-    assert 0.8 < policy.queries.std() / policy.lm.table.std() < 1.2
+    assert 0.7 < policy.queries.std() / policy.lm.table.std() < 1.3
     for bias, bound in ((50.0, 1.0), (-50.0, -4.0)):
         torch.nn.init.constant_(policy.log_std.bias, bias)
         assert torch.allclose(policy(PROMPTS)[1], torch.tensor(math.log(0.7) + bound))
 
 
-def test_draws_are_mean_plus_sigma_noise():
-    args = settings(group_size=64)
-    policy = build(args)
-    roll, (mu, log_std, _) = roll_out(policy, args), policy(PROMPTS)
-    assert torch.allclose((roll.z - mu) / log_std.exp(), roll.noise, atol=1e-4) and not roll.z.requires_grad
-    assert abs(roll.noise.mean()) < 4 / math.sqrt(2880) and abs(roll.noise.std() - 1) < 4 / math.sqrt(2 * 2880)
-    assert len(roll.noise.unique()) > 2800 and not torch.equal(roll.noise, roll_out(policy, args, seed=1).noise)
-
-
-def test_a_latent_is_a_mixture_of_the_main_models_words():
-    """The sum over words, written out; in more rows than are made at a time."""
+def test_a_latent_is_a_mixture_of_a_few_words_of_the_main_model():
+    """The sum over words, written out; in more rows than are made at a time. As few, whatever the vocabulary."""
     policy = build(settings())
     z = torch.randn(300, 2, T, D, generator=torch.Generator().manual_seed(0))
     weights = torch.einsum("...d,vd->...v", z, policy.words).exp()
-    weights = weights / weights.sum(-1, keepdim=True)
-    assert torch.allclose(policy.project(z), torch.einsum("...v,vd->...d", weights, policy.main_lm.table), atol=1e-5)
+    expected = torch.einsum("...v,vd->...d", weights / weights.sum(-1, keepdim=True), policy.main_lm.table)
+    assert torch.allclose(policy.project(z), expected, atol=1e-5)
+    for vocabulary, d in ((70, 32), (20_000, 128)):
+        main_lm = SimpleNamespace(table=torch.randn(vocabulary, 4))  # of another width than the assistant
+        policy = dlr.LatentPolicy(random_model(), main_lm, settings(latent_dim=d))
+        assert 1.3 < (1 / policy.mixture(torch.randn(400, d)).square().sum(-1)).median() < 6
+        assert policy.project(policy(PROMPTS)[0]).shape == (3, 1, T, 4)
     policy = build(settings(projection="identity"))  # a number of z is one of the embedding, in its size
     z, table = torch.randn(500, 16), policy.main_lm.table
     assert policy(PROMPTS)[0].shape == (3, 1, T, 16) and torch.allclose(policy.project(z) / z, table.norm() / 192**0.5)
 
 
-@pytest.mark.parametrize("vocabulary, d", [(70, 32), (20_000, 128)])
-def test_a_draw_mixes_a_few_words_whatever_the_vocabulary(vocabulary, d):
-    torch.manual_seed(0)
-    main_lm = SimpleNamespace(table=torch.randn(vocabulary, 4))
-    policy = dlr.LatentPolicy(random_model(2, 24, 14), main_lm, settings(latent_dim=d))
-    effective = 1 / policy.mixture(torch.randn(400, d)).square().sum(-1)
-    assert 1.3 < effective.median() < 6
-
-
-# --- 3. Rollout -------------------------------------------------------------------------------------------------------
+# --- 3. and 4. Rollout, reward and advantages -------------------------------------------------------------------------
 
 
 def test_decoding_is_generate():
     """Row by row: prompts of different lengths, K thoughts each, rows that end early, and what the cap cuts."""
-    args, generator = settings(), torch.Generator().manual_seed(0)
-    policy = build(args)
-    thoughts = policy.project(3 * torch.randn(3, 8, T, D, generator=generator))
-    main_lm = policy.main_lm
-
+    policy, how = build(settings()), dict(max_new_tokens=12, do_sample=False, eos_token_id=STOP_IDS, pad_token_id=0)
+    main_lm, z = policy.main_lm, torch.randn(3, 8, T, D, generator=torch.Generator().manual_seed(0))
     def generate(prompt, thought):
         embeds = torch.cat([main_lm.table[torch.tensor(prompt)], thought, main_lm.table[torch.tensor(CUE)]])[None]
-        out = main_lm.model.generate(inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2]), pad_token_id=0,
-                                     max_new_tokens=12, do_sample=False)  # fmt: skip
-        return out[0].tolist()
-
-    texts, length, ended = dlr.decode(main_lm, PROBLEMS, thoughts, args)
-    assert length.unique().numel() > 3 and ended.any() and not ended.all()
-    for n, text in enumerate(texts):
-        i, k = divmod(n, 8)
+        mask = torch.ones(embeds.shape[:2])
+        return main_lm.model.generate(inputs_embeds=embeds, attention_mask=mask, **how)[0].tolist()
+    thoughts = policy.project(3 * z)
+    texts, length, ended = dlr.decode(main_lm, PROBLEMS, thoughts, settings())
+    assert length.unique().numel() > 3 and ended.any() and not ended.all() and len(set(texts[:8])) > 1
+    for text, (i, k) in zip(texts, itertools.product(range(3), range(8)), strict=True):
         theirs = generate(PROMPTS[i], thoughts[i, k])
         assert text == NUMBERS.decode(theirs) and length[i, k] == len(theirs)  # the end token counts
         assert ended[i, k] == (theirs[-1] in STOP_IDS) and (ended[i, k] or len(theirs) == 12)
-    assert len(set(texts[:8])) > 1  # latents matter
-    bare, *_ = dlr.decode(main_lm, PROBLEMS, policy.project(torch.zeros(3, 1, 0, D)), args)  # the main model alone
+    bare, *_ = dlr.decode(main_lm, PROBLEMS, policy.project(z[:, :1, :0]), settings())  # the main model alone
     assert bare == [NUMBERS.decode(generate(prompt, thoughts[0, 0, :0])) for prompt in PROMPTS]
 
 
 def test_latents_stand_between_question_and_cue():
+    spell = SimpleNamespace(chat_template=None, encode=lambda text, **_: [*text.encode()], decode=bytes)
+    (prompt,), cue = dlr.encode(spell, [Problem("How many?", "2")])
+    assert bytes(prompt + cue).decode() == f"How many?\n{dlr.FORMAT}\n<think>"
     tokenizer = AutoTokenizer.from_pretrained(HERE / "tiny")
-    for template, prompt in ((None, " 17 + 5 ?"), ("hm {{ messages[0]['content'] }} so", "hm 17 + 5 ? so")):
-        tokenizer.chat_template = template and f" {template}"
+    for template, prompt in ((None, " 17 + 5 ?"), (" hm {{ messages[0]['content'] }} so", " hm 17 + 5 ? so")):
+        tokenizer.chat_template = template
         prompts, cue = dlr.encode(tokenizer, [Problem(" 17 + 5 ? <think>", "22", "think")] * 2)
-        assert [tokenizer.decode(ids).strip() for ids in (*prompts, cue)] == [prompt.strip()] * 2 + ["<think>"]
-
-
-@needs_shared
-def test_a_prompt_of_gsm8k():
-    tokenizer = AutoTokenizer.from_pretrained(SHARED / "tokenizers/qwen2.5")
-    prompts, cue = dlr.encode(tokenizer, [Problem("How many eggs?", "2"), Problem("How many hens?", "3")])
-    for what, prompt in zip(("eggs", "hens"), prompts, strict=True):
-        text = tokenizer.decode(prompt + cue)
-        end = f"How many {what}?\n{dlr.FORMAT}<|im_end|>\n<|im_start|>assistant\n<think>"
-        assert text.endswith(f"<|im_start|>user\n{end}") and "boxed" not in text
+        assert [tokenizer.decode(ids) for ids in (*prompts, cue)] == [prompt, prompt, " <think>"]
 
 
 def test_a_prescreen_decodes_the_9_best_and_3_others_of_64():
@@ -248,251 +179,321 @@ def test_a_prescreen_decodes_the_9_best_and_3_others_of_64():
     assert (counts[:9] == 0).all() and ((counts[9:] - expected) ** 2 / expected).sum() < 91.9  # 54 degrees of freedom
 
 
-def test_what_is_decoded_and_learnt_from_is_what_was_chosen(monkeypatch):
-    written, decode = [], dlr.decode
+@pytest.mark.parametrize("how, decoded, best", [("all", 12, 0), ("prescreen", 6, 4)])
+def test_what_is_decoded_and_learnt_from_is_mean_plus_sigma_noise_of_the_chosen(how, decoded, best, monkeypatch):
+    policy, written, decode = build(settings(filter=how, group_size=12)), [], dlr.decode
     monkeypatch.setattr(dlr, "decode", lambda *given: written.append(given[2]) or decode(*given))
-    args = settings(filter="prescreen", group_size=12)
-    policy = build(args)
-    roll, (mu, log_std, states) = roll_out(policy, args), policy(PROMPTS)
-    z = mu + log_std.exp() * roll.noise  # (P, G, T, d)
-    assert roll.noise.shape == (3, 12, T, D) and roll.z.shape == (3, 6, T, D) and len(roll.texts) == 18
-    assert torch.equal(written[0], policy.project(roll.z)) and roll.ended.shape == roll.length.shape == (3, 6)
+    (roll, *_), (mu, log_std, states) = roll_out(policy), policy(PROMPTS)
+    z, noise = mu + log_std.exp() * roll.noise, roll.noise  # (P, G, T, d)
+    assert abs(noise.mean()) < 4 / math.sqrt(540) and abs(noise.std() - 1) < 4 / math.sqrt(2 * 540)
+    assert noise.unique().numel() > 530 and noise.shape == (3, 12, T, D) and roll.z.shape == (3, decoded, T, D)
+    assert torch.equal(written[0], policy.project(roll.z)) and roll.ended.shape == roll.length.shape == (3, decoded)
     for i in range(3):
         seen = torch.stack([torch.cat([*latents, states[i, 0].sum(0) / T]) for latents in z[i]])  # (G, F)
-        distance = torch.cdist(roll.z[i].flatten(1), z[i].flatten(1))  # (K, G)
-        chosen = distance.argmin(1)
-        assert distance.amin(1).max() < 1e-3 and torch.allclose(roll.seen[i], seen[chosen], atol=1e-4)
-        assert chosen[:4].tolist() == policy.value(seen).squeeze(-1).topk(4).indices.tolist()
+        distance, chosen = torch.cdist(roll.z[i].flatten(1), z[i].flatten(1)).min(1)  # (K,)
+        assert distance.max() < 1e-3 and torch.allclose(roll.seen[i], seen[chosen], atol=1e-4)
+        assert chosen[:best].tolist() == policy.value(seen).squeeze(-1).topk(best).indices.tolist()
 
 
-# --- 4. Reward and advantages -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("form, text, reward", [
-    ("think", " 7 + 5 = 12 </think> 12", 1.2), ("think", " 7 + 5 = 12", 0.8), ("think", " 7 </think> 2", -0.8),
-    ("think", " 7 + 5 = 1", -1.2), ("think", " 7 </think> 12 12", 0.8), ("think", " 7 </think> </think> 12", 0.8),
-    ("think", " <think> 7 </think> 12", 0.8), ("think", " 12 </think> ", 0.8), ("think", " 12 </think> 2", -0.8),
-    ("boxed", "a</think> <answer>12.0</answer>", 1.2), ("boxed", "I say \\boxed{12}", 0.8), ("boxed", "12 or 7", -1.2),
-    ("boxed", "a</think><answer>7</answer>", -0.8), ("boxed", "\na < b\n</think>\n<answer>\n$12\n</answer>\n", 1.2),
-    ("boxed", "a</think>b</think><answer>12</answer>", 0.8), ("boxed", "<think>a</think><answer>12</answer>", 0.8),
-    ("boxed", "a</think><answer>7</answer><answer>12</answer>", 0.8), ("boxed", "<answer>12</answer>a</think>", 0.8),
-    ("boxed", "a</think><answer><answer>12</answer>", 0.8), ("boxed", "a<answer>12</answer>", 0.8),
-    ("boxed", "a</think><answer>12", 0.8), ("boxed", "a</think>12</answer>", 0.8), ("boxed", "7 or 12", 0.8),
-    ("boxed", "a</think><answer> </answer>", -1.2), ("boxed", "12</think><answer>\n</answer>", 0.8),  # blank
-    ("boxed", "a</think> so <answer>12</answer>", 0.8), ("boxed", "a</think><answer>12</answer>.", 0.8),
-    ("boxed", "12</think><answer>7</answer>", -0.8), ("boxed", "12 or \\boxed{3}", -1.2),
+@pytest.mark.parametrize("form, reward, texts", [
+    ("think", 1.2, [" 7 + 5 = 12 </think> 12"]), ("think", -0.8, [" 7 </think> 2", " 12 </think> 2"]),
+    ("think", 0.8, [" 7 + 5 = 12", " 7 </think> 12 12", " 7 </think> </think> 12",
+                    " <think> 7 </think> 12", "</think> 1 12"]),
+    ("think", -1.2, [" 7 + 5 = 1", ""]), ("boxed", -1.2, ["no idea", "12 or 7", "12 or \\boxed{3}"]),
+    ("boxed", 1.2, ["a</think> <answer>12.0</answer>", "\na < b\n</think>\n<answer>\n$12\n</answer>\n"]),
+    ("boxed", -0.8, ["a</think><answer>7</answer>", "12</think><answer>7</answer>"]),  # it counts, not the thought
+    ("boxed", 0.8, ["I say \\boxed{12}", "7 or 12", "<answer>12</answer>a</think>", "a<answer>12</answer>",  # swapped
+                    "a</think>b</think><answer>12</answer>", "<think>a</think><answer>12</answer>",  # twice
+                    "a</think><answer>7</answer><answer>12</answer>", "a</think><answer><answer>12</answer>",
+                    "a</think><answer>12", "a</think>12</answer>", "a</think> so <answer>12</answer>",  # unclosed
+                    "a</think><answer>12</answer>.", "12</think><answer>\n </answer>"]),  # blank
 ])  # fmt: skip
-def test_rewards(form, text, reward):
-    """Right or wrong, in form or not: tags twice, swapped, unclosed, blank; the answer counts and not the thought."""
-    for end in (True, False):  # a text that has not ended has no form
+def test_rewards(form, reward, texts):
+    for text, end in itertools.product(texts, (True, False)):  # a text that has not ended has no form
         correct, in_form = dlr.score([text], torch.tensor([[end]]), [Problem("", "12", form)])
-        assert correct.item() == (1 if reward > 0 else -1)
-        assert in_form.item() == (1 if end and reward in (1.2, -0.8) else -1)
+        expected = reward > 0, end and reward in (1.2, -0.8)
+        assert (correct.item() > 0, in_form.item() > 0) == expected and abs(correct) == abs(in_form) == 1, text
 
 
-def test_rewards_go_to_their_problems():
+def test_rewards_go_to_their_problems_and_become_advantages():
     texts = [f"a</think><answer>{answer}</answer>" for answer in ("$5", "1,234.0", "5", "1234", "$1,234", "5.0")]
     ended = torch.tensor([[True, True, False], [True, False, True]])
     correct, form = dlr.score(texts, ended, [Problem("", "5"), Problem("", "1234")])
     assert correct.tolist() == [[1, -1, 1], [1, 1, -1]] and form.tolist() == [[1, 1, -1], [1, -1, 1]]
-
-
-def test_advantages():
     ours = dlr.group_advantages(torch.tensor([[1.2, -0.8, -1.2, 0.8]]))
     assert torch.allclose(ours, torch.tensor([[1.176696, -0.784464, -1.176696, 0.784464]]), atol=2e-6)
     rewards = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
-    ours = dlr.group_advantages(rewards)
-    assert torch.allclose(dlr.group_advantages(rewards * 7 + 3), ours, atol=1e-4) and ours.sum(1).abs().max() < 1e-5
+    assert torch.allclose(dlr.group_advantages(rewards * 7 + 3), dlr.group_advantages(rewards), atol=1e-4)
     for value in (1.2, 0.8, -0.8, -1.2):  # the rounding of a mean, divided by 1e-6, would be an advantage of .06
         assert all((dlr.group_advantages(torch.full((2, size), value)) == 0).all() for size in (3, 12, 16))
 
 
-# --- 5. Densities and the contrastive loss ----------------------------------------------------------------------------
+# --- 5. and 6. Densities, the contrastive loss, and the update --------------------------------------------------------
 
 
-def test_density_and_kl_are_torchs():
+def test_worked_numbers():
     z, mu = torch.tensor([[0.5, -1.0], [0.0, 2.0]]), torch.tensor([[0.0, -1.0], [1.0, 1.0]])
     log_std, zero = torch.tensor([[1.0, 0.5], [2.0, 1.0]]).log(), torch.zeros(2, 2)
     assert abs(dlr.log_density(z, mu, log_std) + 4.425754) < 1e-5
     assert abs(dlr.gaussian_kl(mu, log_std, zero, zero) - 2.625) < 1e-5
-    z, mu, log_std, ref_mu, ref_log_std = torch.randn(5, 6, T, D, generator=torch.Generator().manual_seed(0)).unbind()
-    ours, ref = (Independent(Normal(m, s.exp()), 2) for m, s in ((mu, log_std), (ref_mu, ref_log_std)))
-    assert torch.allclose(dlr.log_density(z, mu, log_std), ours.log_prob(z), rtol=1e-4)
-    assert torch.allclose(dlr.gaussian_kl(mu, log_std, ref_mu, ref_log_std), kl_divergence(ours, ref), rtol=1e-4)
-    assert (dlr.gaussian_kl(mu, log_std, mu, log_std) == 0).all()
+    three = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 2.0]])  # .712067, 1.250600 and .103489, so .688719
+    cases = (three, 1, 0.688719), (torch.eye(2), 1, math.log(1 + math.exp(-1))), (torch.ones(8, 5), 0.3, math.log(8))
+    assert all(abs(dlr.contrastive(z[None, :, None], scale).item() - value) < 1e-5 for z, scale, value in cases)
+    for ratio, advantage, value in ((1.5, 1.0, 1.2), (1.5, -1.0, -1.5), (0.5, 1.0, 0.5), (0.5, -1.0, -0.8)):
+        log_ratio = torch.tensor([[math.log(ratio), 100.0, -100.0]]).requires_grad_()  # at +-100 nothing explodes
+        gain, clipped = dlr.clipped_objective(log_ratio, torch.tensor([[advantage]]), 0.2)
+        assert abs(gain[0, 0] - value) < 1e-6 and clipped[0, 0] == (value in (1.2, -0.8))
+        assert gain.abs().max() < 149 and torch.autograd.grad(gain.sum(), log_ratio)[0].isfinite().all()
 
 
-def test_contrastive_numbers():
-    """By hand, and for random groups step by step; whatever the order in a group."""
-    three = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 2.0]])
-    each = F.cross_entropy(three @ three.T, torch.arange(3), reduction="none")
-    assert torch.allclose(each, torch.tensor([0.712067, 1.250600, 0.103489]), atol=1e-6)
-    assert abs(dlr.contrastive(three[None, :, None], 1.0).item() - 0.688719) < 1e-6
-    assert abs(dlr.contrastive(torch.eye(2)[None, :, None], 1.0).item() - math.log(1 + math.exp(-1))) < 1e-6
-    assert abs(dlr.contrastive(torch.ones(1, 8, T, D), 0.3).item() - math.log(8)) < 1e-5
-    z = torch.randn(2, 6, T, D, generator=torch.Generator().manual_seed(0))
-    losses = [[F.cross_entropy(0.3 * group[:, t] @ group[:, t].T, torch.arange(6)) for t in range(T)] for group in z]
-    for order in ([0, 1, 2, 3, 4, 5], [3, 1, 5, 0, 2, 4]):
-        assert torch.allclose(dlr.contrastive(z[:, order], 0.3), torch.tensor(losses).mean(1), atol=1e-5)
-
-
-def test_contrastive_is_not_saturated_at_the_start_and_reaches_mean_and_sigma_but_not_draws():
+def test_contrastive():
+    """At the start far from 0 and log G, where the paper's scale of 1 gives exactly 0; whatever the order in a group.
+    On draws it has no gradient, and through mean + sigma noise it asks for a larger sigma."""
     for d, sigma in ((32, 1.0), (512, 1.0), (512, 0.3)):
         z = sigma * torch.randn(1, 64, 8, d, generator=torch.Generator().manual_seed(0))
-        assert 0.5 < math.log(64) - dlr.contrastive(z, 1 / (sigma**2 * d)) < 1.1
-        assert sigma * d < 512 or dlr.contrastive(z, 1.0) == 0  # with the paper's scale it is exactly 0
-    policy = build(settings())
-    roll, (mu, log_std, _) = roll_out(policy, settings()), policy(PROMPTS)
-    assert not dlr.contrastive(roll.z, 1.0).requires_grad
+        ours, other = (dlr.contrastive(each, 1 / (sigma**2 * d)) for each in (z, z.flip(1)))
+        assert torch.allclose(ours, other) and 0.5 < math.log(64) - ours < 1.1
+        assert sigma * d < 512 or dlr.contrastive(z, 1.0) == 0
+    policy = build(settings(), stirred=False)
+    (roll, *_), (mu, log_std, _) = roll_out(policy), policy(PROMPTS)
     apart = dlr.contrastive(mu + log_std.exp() * roll.noise, 1.0).sum()
     slopes = torch.autograd.grad(apart, [policy.log_std.bias, policy.mu.bias])
-    assert slopes[0].sum() < 0 and slopes[1].abs().max() > 1e-3  # a larger sigma lowers it
-
-
-# --- 6. Update --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("ratio, advantage, value", [(1.5, 1, 1.2), (1.5, -1, -1.5), (0.5, 1, 0.5), (0.5, -1, -0.8)])
-def test_clip(ratio, advantage, value):
-    gain, clipped = dlr.clipped_objective(torch.tensor([[ratio]]).log(), torch.tensor([[float(advantage)]]), 0.2)
-    assert abs(gain.item() - value) < 1e-6 and clipped.item() == (value in (1.2, -0.8))
-    shift = torch.tensor([[100.0, -100.0]]).requires_grad_()
-    gain, _ = dlr.clipped_objective(shift, torch.tensor([[float(advantage)]]), 0.2)
-    assert gain.abs().max() < 149 and torch.autograd.grad(gain.sum(), shift)[0].isfinite().all()
+    assert not roll.z.requires_grad and slopes[0].sum() < 0 and slopes[1].abs().max() > 1e-3
 
 
 def test_an_update_is_the_gradient_of_the_expected_reward():
     """Of sin z, whose mean is exp(-sigma^2 / 2) sin mu. The draws are 2,000 quantiles, so a mean is an integral."""
-    args = settings(policy="prompt", latent_steps=1, latent_dim=1, contrast=0.0)
-    policy = build(args)
+    policy = build(settings(policy="prompt", latent_steps=1, latent_dim=1, contrast=0.0))
     noise = Normal(0.0, 1.0).icdf((torch.arange(2000) + 0.5) / 2000).view(1, 2000, 1, 1)
     mu, log_std, _ = policy(PROMPTS[:1])
     z = (mu + log_std.exp() * noise).detach()
-    ours, _ = gradients(policy, dlr.Rollout(PROMPTS[:1], noise, z, *[None] * 4), z[..., 0, 0].sin(), args)
+    ours, _ = update(policy, None, (dlr.Rollout(PROMPTS[:1], noise, z, *[None] * 4), None, z[..., 0, 0].sin()))
     mu, variance = mu.item(), log_std.exp().item() ** 2
     assert abs(ours["mu.bias"].item() + math.exp(-variance / 2) * math.cos(mu)) < 2e-3
     assert abs(ours["log_std.bias"].item() - variance * math.exp(-variance / 2) * math.sin(mu)) < 2e-3
 
 
-def distributions(policy):
-    return [Independent(Normal(mu[:, 0], log_std[:, 0].exp()), 2) for mu, log_std, _ in [policy(PROMPTS)]][0]
+def distribution(policy):
+    mu, log_std, _ = policy(PROMPTS)
+    return Independent(Normal(mu[:, 0], log_std[:, 0].exp()), 2)
 
 
-def log_probs(policy, roll):
-    return distributions(policy).log_prob(roll.z.transpose(0, 1)).T  # (P, K)
-
-
-def loss_by_hand(policy, ref, roll, advantages, old, args):
-    """(5) to (7) -> loss, KL, contrastive"""
-    pi, gains = distributions(policy), []
-    for new, before, advantage in zip(log_probs(policy, roll).flatten(), old.flatten(), advantages.flatten(), strict=True):
-        ratio = ((new - before) / D).exp()
-        gains.append(torch.min(ratio * advantage, ratio.clamp(1 - args.clip, 1 + args.clip) * advantage))
-    kl = kl_divergence(pi, distributions(ref)).mean() / D
+def by_hand(policy, ref, batch, old):
+    """(5) to (7) and the value head's loss, with torch's distributions -> their sum, and the parts"""
+    (roll, rewards, advantages), pi, args = batch, distribution(policy), policy.args
+    ratios = ((pi.log_prob(roll.z.transpose(0, 1)).T - old) / D).exp()  # (P, K)
+    gain = torch.min(ratios * advantages, ratios.clamp(1 - args.clip, 1 + args.clip) * advantages).mean()
+    kl = kl_divergence(pi, distribution(ref)).mean() / D if ref else torch.zeros(())
     draws = pi.mean + pi.stddev * roll.noise.transpose(0, 1)  # (G, P, T, d)
-    own = torch.arange(len(draws))
     cases = [draws[:, i, t] for i in range(3) for t in range(T)]
-    apart = sum(F.cross_entropy(z @ z.T / (D * args.sigma**2), own) for z in cases) / len(cases)
-    return -sum(gains) / len(gains) + args.kl_coef * kl + args.contrast * apart, kl, apart
+    apart = [F.cross_entropy(z @ z.T / (D * args.sigma**2), torch.arange(len(z))) for z in cases]
+    apart = sum(apart) / len(apart)
+    value_loss = F.mse_loss(policy.value(roll.seen)[..., 0], rewards) * (args.filter == "prescreen")
+    parts = {"kl": kl, "contrastive": apart, "value_loss": value_loss, "sigma": pi.stddev.mean()}
+    return -gain + args.kl_coef * kl + args.contrast * apart + value_loss, parts
 
 
-@pytest.mark.parametrize("changed", [{}, dict(filter="prescreen", group_size=12), dict(micro_batch=2)])
-def test_the_whole_loss_by_hand(changed):
-    """Its gradient in the second pass, at a policy that has moved away from the one that drew and from pi_ref. Of a
-    pre-screened group what is decoded is in (5), and all of it in (6)."""
-    once, twice = (settings(updates_per_batch=n, clip=0.05, **changed) for n in (1, 2))
-    moved, policy, ref = build(once), build(twice), build(once, stirred=False).requires_grad_(False)
-    roll = roll_out(policy, once)
-    advantages, old = some(roll), log_probs(policy, roll).detach()
-    _, first = gradients(moved, roll, advantages, once, ref, advantages, lr=0.5)
-    ours, both = gradients(policy, roll, advantages, twice, ref, advantages, lr=0.5)
-    loss, *parts = loss_by_hand(moved, ref, roll, advantages, old, once)
-    theirs = gradients_of(loss, moved)
-    assert_close(*({name: each[name] for name in each if "value" not in name} for each in (ours, theirs)))
-    _, second = gradients(moved, roll, advantages, once, ref, advantages)
-    assert first["clipped"] == second["clipped"] == 0 and both["clipped"] > 0.1  # the old policy is the first pass's
-    pi = distributions(moved)
-    expected = [*parts, pi.stddev.mean(), pi.mean.square().mean().sqrt()]
-    for name, value in zip(("kl", "contrastive", "sigma", "mu_rms"), expected, strict=True):
-        assert abs(second[name] - value) < 1e-5 and value > 0
-        assert name == "mu_rms" or abs(both[name] - (first[name] + second[name]) / 2) < 1e-5  # means over passes
-
-
-def test_the_first_pass_has_ratio_1_and_is_the_policy_gradient(monkeypatch):
-    """Without KL and contrast, that of -mean(A log pi) / d."""
-    args, ratios, original = settings(contrast=0.0, kl_coef=0.0), [], dlr.clipped_objective
+@pytest.mark.parametrize("other", [{}, dict(filter="prescreen", group_size=12, micro_batch=2), dict(micro_batch=1),
+                                   dict(kl_coef=0.0, contrast=0.0)])  # fmt: skip
+def test_the_whole_loss_by_hand(other, monkeypatch):
+    """Its gradient in the second of two passes, at a policy that has moved away from the one that drew and from pi_ref;
+    however it is cut. Of a pre-screened group what is decoded is in (5), and all of it in (6)."""
+    moved, policy = build(settings(**other)), build(settings(**other, updates_per_batch=2))
+    ref = build(moved.args, stirred=False) if moved.args.kl_coef else None
+    batch, ratios, original = roll_out(policy), [], dlr.clipped_objective
+    old = distribution(policy).log_prob(batch[0].z.transpose(0, 1)).T.detach()
     monkeypatch.setattr(dlr, "clipped_objective", lambda ratio, *rest: ratios.append(ratio) or original(ratio, *rest))
-    policy = build(args)
-    roll = roll_out(policy, args)
-    ours, _ = gradients(policy, roll, some(roll), args)
-    assert_close(ours, gradients_of(-(some(roll) * log_probs(policy, roll)).mean() / D, policy))
-    args.updates_per_batch, args.micro_batch = 2, 2
-    gradients(policy, roll, some(roll), args, lr=0.1)
-    assert [len(ratio) for ratio in ratios] == [3, 2, 1, 2, 1]
-    assert all((ratio == 0).all() for ratio in ratios[:3]) and all((ratio != 0).any() for ratio in ratios[3:])
+    monkeypatch.setattr(common, "all_reduce", lambda x: x.mul_(2))  # as if another rank did the same: no difference
+    _, first = update(moved, ref, batch, lr=0.02)
+    assert all((ratio == 0).all() for ratio in ratios)  # exactly: nothing has moved yet
+    ours, both = update(policy, ref, batch, lr=0.02)
+    loss, parts = by_hand(moved, ref, batch, old)
+    theirs = torch.autograd.grad(loss, list(moved.parameters()), allow_unused=True, materialize_grads=True)
+    assert_close(ours, dict(zip(ours, theirs, strict=True)), 1e-4)
+    _, second = update(moved, ref, batch)
+    assert both["clipped"] > 0.1 and first["clipped"] == second["clipped"] == 0  # old is of the first pass
+    assert abs(second["mu_rms"] - distribution(moved).mean.square().mean().sqrt()) < 1e-5
+    for name, value in parts.items():  # metrics are means over passes
+        assert abs(second[name] - value) < 1e-5 and abs(both[name] - (first[name] + second[name]) / 2) < 1e-5
 
 
-def test_cutting_into_micro_batches_or_ranks_changes_nothing(monkeypatch):
-    args = settings(filter="prescreen", group_size=12)
-    policy, ref = build(args), build(args, stirred=False)
-    roll = roll_out(policy, args)
-    advantages, rewards = some(roll), some(roll, 1)
-    whole, metrics = gradients(policy, roll, advantages, args, ref, rewards)
-    for args.micro_batch in (1, 2):
-        cut, theirs = gradients(policy, roll, advantages, args, ref, rewards)
-        assert_close(cut, whole)
-        assert all(abs(theirs[name] - metrics[name]) < 1e-4 for name in metrics)
-    monkeypatch.setattr(common, "all_reduce", lambda x: torch.tensor(3.0) if x.dim() == 0 else x)  # P of all ranks
-    shares = []
-    for part in (slice(1), slice(1, 3)):
-        mine = dlr.Rollout(*(each[part] for each in (roll.prompts, roll.noise, roll.z, roll.seen)), *[None] * 3)
-        shares.append(gradients(policy, mine, advantages[part], args, ref, rewards[part])[0])
-    assert_close({name: shares[0][name] + shares[1][name] for name in whole}, whole)
-
-
-def test_the_value_head_learns_rewards_and_its_loss_moves_nothing_else():
-    args = settings(filter="prescreen", group_size=12, contrast=0.0)
-    policy = build(args)
-    roll = roll_out(policy, args)
-    rewards, nothing = some(roll), torch.zeros(3, 6)
-    ours, metrics = gradients(policy, roll, nothing, args, None, rewards)
-    error = F.mse_loss(policy.value(roll.seen).squeeze(-1), rewards)
-    assert_close(ours, gradients_of(error, policy))
-    assert abs(metrics["value_loss"] - error.item()) < 1e-5
-    before = {name: weight.clone() for name, weight in policy.state_dict().items()}
-    adamw = optimizer_of(policy, 1e-2, torch.optim.AdamW, weight_decay=0)
-    errors = [dlr.update(policy, None, adamw, roll, rewards, nothing, args)["value_loss"] for _ in range(60)]
-    assert errors[-1] < 0.1 * errors[0]
-    assert changed_weights(policy, before) == {name for name in before if name.startswith("value.")}
-
-
-def test_norms_are_bounded_per_group_and_what_is_not_finite_stops_before_the_weights_change():
-    args = settings(filter="prescreen", group_size=12)
-    policy = build(args)
-    roll, sgd = roll_out(policy, args), optimizer_of(policy, 1.0)
-    before, large = {name: weight.clone() for name, weight in policy.state_dict().items()}, 1e3 * some(roll)
-    for where in range(2):  # of the assistant and its heads; of the value head alone
-        broken = [some(roll), some(roll)]
-        broken[where][0, 0] = math.nan
+def test_what_is_not_finite_stops_before_the_weights_change_and_norms_are_bounded_by_group():
+    policy, bound = build(settings(filter="prescreen", group_size=12)), torch.nn.utils.clip_grad_norm_
+    roll, rewards, advantages = roll_out(policy)
+    for broken in ((rewards * math.nan, advantages), (rewards, advantages * math.nan)):  # of the value head, of others
         with pytest.raises(common.UserError, match="not finite"):
-            dlr.update(policy, None, sgd, roll, *broken, args)
-    assert not changed_weights(policy, before)
-    ours, _ = gradients(policy, roll, large, args, None, large)
-    metrics = dlr.update(policy, None, sgd, roll, large, large, args)
-    norms = [torch.cat([w.grad.flatten() for w in group["params"]]).norm() for group in sgd.param_groups]
-    assert torch.allclose(torch.stack(norms), torch.ones(3), atol=1e-3)
-    of_assistant = torch.cat([grad.flatten() for name, grad in ours.items() if "assistant" in name]).norm()
-    assert abs(metrics["grad_norm_assistant"] / of_assistant - 1) < 1e-4 and metrics["grad_norm"] > 1
+            update(policy, None, (roll, *broken), 1.0, bound)
+    assert all(map(torch.equal, policy.state_dict().values(), build(policy.args).state_dict().values()))
+    ours, _ = update(policy, None, (roll, 1e3 * rewards, 1e3 * advantages), bound=bound)
+    for group in ("assistant.", "value.", ("queries", "norm.", "mu.", "log_std.")):
+        norm = torch.nn.utils.get_total_norm([gradient for name, gradient in ours.items() if name.startswith(group)])
+        assert abs(norm - 1) < 1e-3
 
 
-def test_bfloat16_compute_as_on_a_gpu(monkeypatch):
-    """On the CPU, in a GPU's place: rollout and update under autocast, latents, weights and gradients float32."""
-    args = settings()
-    policy = build(args)
-    roll = roll_out(policy, args)
-    plain, _ = gradients(policy, roll, some(roll), args)
-    monkeypatch.setattr(common.LanguageModel, "autocast", lambda self: torch.autocast("cpu", torch.bfloat16))
-    assert roll_out(policy, args).z.dtype == torch.float32 == policy(PROMPTS)[0].dtype
-    coarse, _ = gradients(policy, roll, some(roll), args)
-    a, b = (torch.cat([gradient.flatten() for gradient in each.values()]) for each in (plain, coarse))
-    assert b.dtype == torch.float32 and not torch.equal(a, b) and F.cosine_similarity(a, b, dim=0) > 0.98
+# --- 7. and 8. Evaluation and runs ------------------------------------------------------------------------------------
+
+
+def test_evaluation_gives_each_problem_the_latents_that_it_says(monkeypatch):
+    policy, given = build(settings()), []
+    torch.nn.init.constant_(policy.log_std.bias, -2.0)
+    def decode(main_lm, problems, z, args):  # it says 1, and of further samples 2, 3 and 4
+        given.append(z)
+        texts = [f"</think> {k}" for _ in problems for k in range(1, z.shape[1] + 1)]
+        return texts, torch.full(z.shape[:2], 5), torch.ones(z.shape[:2], dtype=torch.bool)
+    monkeypatch.setattr(dlr, "decode", decode)
+    monkeypatch.setattr(policy, "project", lambda z: z)
+    scores, (mu, log_std, _) = dlr.evaluate(policy, PROBLEMS, policy.args, full=True), policy(PROMPTS)
+    greedy, first, last, averaged, swapped, nothing = given  # samples of two problems, and of one
+    noise = (torch.cat([first, last]) - mu) / log_std.exp()
+    assert noise.shape == (3, 4, T, D) and abs(noise.mean()) < 0.3 and abs(noise.std() - 1) < 0.22
+    assert torch.allclose(greedy, mu, atol=1e-5) and torch.allclose(averaged, mu.mean(0).expand_as(mu), atol=1e-5)
+    assert torch.allclose(swapped, mu[[2, 0, 1]], atol=1e-5) and nothing.shape == (3, 1, 0, D)
+    expected = dict.fromkeys(["greedy", "averaged", "swapped", "no_latents"], 0.3333)
+    assert scores == expected | {"form": 1.0, "length": 5.0, "sampled": 0.1667, "pass@4": 0.6667}
+
+
+def test_what_is_logged_and_shown_of_a_batch():
+    policy, z = build(settings(latent_dim=12)), torch.zeros(2, 2, 1, 12)
+    policy.words, z[1, 0, 0, 7], z[1, 0, 0, 3] = torch.eye(12), 9.0, 8.0
+    length, ended = torch.tensor([[1, 2], [3, 6]]), torch.tensor([[True, True], [True, False]])
+    roll = dlr.Rollout([], None, z, None, ["a", "b", " c ", "d"], length, ended)
+    correct, form, advantages = torch.tensor([[[1.0, 1], [1, -1]], [[-1, -1], [1, -1]], [[0, 0], [1, -1]]])
+    expected = {"reward": 0.75, "form": 0.25, "length": 3.0, "ended": 0.75, "zero_advantage": 0.5, "mixed_groups": 0.5}
+    assert dlr.measure(roll, correct, form, advantages) == {"rollouts": 4} | expected
+    lines = dlr.describe(policy, roll, PROBLEMS, correct + 0.2 * form, advantages).split("\n    ")
+    assert lines == ["8 <think>", "latent  1  '7' 0.73  '3' 0.27", "text       'c'", "reward 1.2, the answer is 1"]
+    policy = build(settings(projection="identity"))
+    roll.z = policy.main_lm.table[5].expand(2, 2, 1, 16)  # the nearest word, by cosine
+    assert "latent  1  '5' 1.00" in dlr.describe(policy, roll, PROBLEMS, correct, advantages)
+
+
+QUICK = ["--steps", "2", "--prompts_per_step", "2", "--group_size", "8", "--eval_problems", "8", "--eval_samples", "2",
+         "--eval_every", "1", "--save_every", "1"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """-> folder, output, what was loaded, and learning rates and rollouts of the updates"""
+    folder, loaded, updates, load, update = tmp_path_factory.mktemp("runs") / "run", [], [], dlr.load, dlr.update
+    with mock.patch.multiple(
+        dlr, load=lambda args: loaded.append(load(args)) or loaded[-1],
+        update=lambda *given: updates.append(([x["lr"] for x in given[2].param_groups], given[3])) or update(*given),
+    ), mock.patch("sys.stdout", io.StringIO()) as out:  # fmt: skip
+        dlr.main([*QUICK, "--out", str(folder)])
+    return folder, out.getvalue(), loaded[0], updates
+
+
+def test_a_run_leaves_a_log_a_result_and_a_model_and_the_main_model_as_it_was(run):
+    folder, out, (main_lm, policy, ref, optimizer), ((rates, first), (later_rates, second)) = run
+    result, rows = json.loads(out.splitlines()[-1]), rows_of(folder)
+    names = "greedy form length sampled pass@2 averaged swapped no_latents right_note".split()
+    names = {*names, *(f"{name}_before" for name in names)} | {"method", "model", "seed", "steps", "seconds"}
+    assert set(result) == names | {"main_unchanged"} and result["method"] == "dlr" and result["main_unchanged"] is True
+    assert result["right_note"] > 0.8 and result["no_latents"] < 0.3  # how far the main model can be steered
+    assert "? <think>\n    latent  1  ' " in out and "\n    text       '" in out
+    assert [row["step"] for row in rows] == [0, 1] and rows[0]["kl"] == 0 < rows[1]["kl"] and "greedy" in rows[1]
+    assert rates == [3e-3, 1e-3, 3e-3] and later_rates == [rate / 2 for rate in rates]  # a cosine
+    assert first.prompts != second.prompts and not torch.equal(first.noise, second.noise)
+    assert all(map(torch.equal, main_lm.model.parameters(), common.load_model(policy.args).model.parameters()))
+    assert all(weight.grad is None for weight in main_lm.model.parameters())
+    assert {id(w) for x in optimizer.param_groups for w in x["params"]} == {id(w) for w in policy.parameters()}
+    learnt, start, saved = policy.state_dict(), ref.state_dict(), AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert {name.split(".")[0] for name in learnt if not torch.equal(learnt[name], start[name])} == {
+        "queries", "norm", "mu", "log_std", "assistant"}  # fmt: skip
+    assert all(torch.equal(learnt[f"assistant.{name}"], weight) for name, weight in saved.state_dict().items())
+
+
+@pytest.mark.parametrize("flags", [
+    [], ["--seed", "1"], ["--kl_coef", "0"], ["--policy", "prompt", "--projection", "identity"],
+    ["--filter", "prescreen", "--share", "0.5", "--updates_per_batch", "2"],
+])  # fmt: skip
+def test_same_seed_same_log_with_evaluations_or_without_and_every_switch_makes_a_difference(flags, run, tmp_path):
+    dlr.main([*QUICK, "--eval_every", "0", "--eval_problems", "2", *flags, "--out", str(tmp_path / "run")])
+    ours, theirs = rows_of(tmp_path / "run"), rows_of(run[0])
+    assert all(row.items() <= other.items() for row, other in zip(ours, theirs, strict=True)) == (not flags)
+    assert all(row["rollouts"] == (8 if "prescreen" in flags else 16) for row in ours)
+
+
+def error_of(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        common.run_main(lambda: dlr.main(flags))
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and "error: " in error and "\n" not in error
+    return error
+
+
+@pytest.mark.parametrize("flags, mentioned", [
+    (["--filter", "prescreen", "--share", "0.05", "--group_size", "16"], "--share"), (["--group_size", "1"], "--group"),
+    (["--filter", "prescreen", "--share", "2"], "--share"), (["--assistant", "no-such-model"], "no-such-model"),
+    (["--assistant", "Qwen2.5-0.5B"], "Qwen/Qwen2.5-0.5B"), (["--latent_steps", "0"], "--latent_steps"),
+    (["--sigma", "0"], "--sigma"), (["--data", "nowhere"], "nowhere/train.jsonl"), (["--resume", "nowhere"], "nowhere"),
+])  # fmt: skip
+def test_a_wrong_call_ends_with_one_line_and_exit_code_2(flags, mentioned, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert mentioned in error_of(flags, capsys)
+
+
+def test_a_main_model_of_which_one_bit_has_changed_is_refused(run, tmp_path, capsys, monkeypatch):
+    def change(policy, *_):
+        policy.main_lm.table.data.view(torch.int32)[5, 5] ^= 1
+        return {}
+    lm = common.load_model(dlr.parse_args([]))
+    change(SimpleNamespace(main_lm=lm))
+    lm.model.save_pretrained(tmp_path / "tiny"), lm.tokenizer.save_pretrained(tmp_path / "tiny")
+    assert "main model" in error_of(["--resume", str(run[0]), "--model", str(tmp_path / "tiny")], capsys)
+    monkeypatch.setattr(dlr, "update", change)
+    assert "main model" in error_of([*QUICK, "--steps", "1", "--out", str(tmp_path / "run")], capsys)
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_is_uninterrupted_bit_for_bit(run, tmp_path):
+    command = [sys.executable, "dlr.py", *QUICK, "--out", str(tmp_path / "run")]
+    environment, log = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}, tmp_path / "run/log.jsonl"
+    process = subprocess.Popen(command, cwd=HERE, env=environment, stdout=subprocess.DEVNULL)
+    while process.poll() is None and (not log.exists() or log.stat().st_size == 0):
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -9
+    dlr.main(["--resume", str(tmp_path / "run")])
+    assert rows_of(tmp_path / "run") == rows_of(run[0])
+    ours, theirs = (common.load_checkpoint(folder)["model"].values() for folder in (tmp_path / "run", run[0]))
+    assert all(map(torch.equal, ours, theirs))
+
+
+@pytest.mark.slow
+def test_two_processes_make_a_run(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "dlr.py"]
+    command += [*QUICK, "--filter", "prescreen", "--share", "0.5", "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.strip().splitlines()[-1])["main_unchanged"] and len(rows_of(tmp_path / "run")) == 2
+
+
+@pytest.mark.slow
+def test_the_assistant_learns_to_say_the_right_word(tmp_path, capsys):
+    """Three fifths of the default run; by its end greedy is 1.000, and one message for everybody is right for half."""
+    dlr.main(["--steps", "60", "--eval_every", "0", "--out", str(tmp_path / "run")])
+    result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert result["greedy_before"] < 0.2 and result["greedy"] > 0.8 and result["right_note"] > 0.95
+    assert max(result["averaged"], result["swapped"]) < result["greedy"] - 0.2 and result["no_latents"] < 0.2
+
+
+@pytest.mark.slow
+@needs_shared
+def test_a_real_tokenizer_and_gsm8k(tmp_path, capsys, monkeypatch):
+    """With small random models. These are never right and never in form, so every second text is called right."""
+    tokenizer, verdicts = AutoTokenizer.from_pretrained(SHARED / "tokenizers/qwen2.5"), itertools.cycle([0.0, 1.0])
+    (prompt,), cue = dlr.encode(tokenizer, [Problem("How many?", "2")])
+    text = f"<|im_start|>user\nHow many?\n{dlr.FORMAT}<|im_end|>\n<|im_start|>assistant\n<think>"
+    assert tokenizer.decode(prompt + cue).endswith(text)
+    for name, width in (("main", 48), ("assistant", 32)):
+        config = Qwen2Config(vocab_size=151936, hidden_size=width, intermediate_size=64, num_hidden_layers=2,
+                             num_attention_heads=4, num_key_value_heads=2, eos_token_id=151645)  # fmt: skip
+        Qwen2ForCausalLM(config).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    monkeypatch.setattr(common, "verify", lambda text, problem: (0.0, next(verdicts)))
+    dlr.main([*QUICK, "--model", str(tmp_path / "main"), "--assistant", str(tmp_path / "assistant"), "--data",
+              str(SHARED / "data/gsm8k"), "--max_new_tokens", "12", "--out", str(tmp_path / "run")])  # fmt: skip
+    for row in rows_of(tmp_path / "run"):
+        assert row["grad_norm"] > 0 and row["grad_norm_assistant"] > 0 and row["reward"] == 0.5 and row["form"] == 0
+    assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["main_unchanged"]
