@@ -42,7 +42,7 @@ What the paper leaves open, and what is done here:
      run each. README says what of it is seen in small.
 
 Why words? The tiny main model was pretrained with notes in half of its prompts: behind `mind+` it forgets no carry.
-Mixtures of words often contain such a note: before training .37 of the groups have right and wrong answers. Gaussian
+Mixtures of words often contain such a note: before training .36 of the groups have right and wrong answers. Gaussian
 noise in embedding space hardly ever comes near one: .05 to .08.
 """
 
