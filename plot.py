@@ -6,8 +6,7 @@
     python plot.py runs/* --jsonl runs.jsonl                    # and one JSON line per run, which plot.py reads as well
     python plot.py runs.jsonl --only '^dlr' --over texts --figure curves.png     # over texts sampled, not over steps
 
-A run folder holds log.jsonl and result.json. Runs whose names differ only in `-seed<n>` form a group, and must not
-differ in anything else.
+Runs whose names differ only in `-seed<n>` form a group, and must not differ in anything else.
 """
 
 import argparse
@@ -24,11 +23,10 @@ import latent_grpo
 
 def read_folder(folder):
     """A run folder -> its result, with a name and a curve: at each noise-free evaluation steps, texts and accuracy."""
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if "reward" in row]  # steps of RL
+    rows = [row for row in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "reward" in row]  # RL
     result = json.loads((folder / "result.json").read_text())
     batch = result["args"]["prompts_per_step"] * result["args"].get("group_size", 1)  # latent_sft.py has no groups
-    curve, texts = [{"step": 0, "texts": 0, "greedy": result.get("greedy_before", 0.0)}], 0
+    curve, texts = [{"step": 0, "texts": 0, "greedy": result["greedy_before"]}] if "greedy_before" in result else [], 0
     for row in rows:
         texts += row.get("rollouts", batch)
         if "greedy" in row or row is rows[-1]:
@@ -52,14 +50,16 @@ def read_groups(paths, only):
         raise common.UserError("none of these is a finished run: a folder with result.json, or a line of a .jsonl file")
     for name, group in groups.items():
         unlike = {key for run in group for key in run["args"] if run["args"][key] != group[0]["args"].get(key)}
-        if unlike - {"seed", "out"}:
+        unlike -= {"seed", "out", "resume"}
+        if unlike:
             raise common.UserError(f"runs named {name} differ in {', '.join(sorted(unlike))}: rename some")
     return groups
 
 
 def table(groups):
     """Markdown: a row per group; of each accuracy the mean before -> mean ± standard deviation after."""
-    keys = ["greedy", "sampled", "pass@8", "length", "exit_rate", "averaged", "swapped", "zero_advantage"]
+    keys = ["greedy", "sampled", "pass@8", "length", "exit_rate", "greedy_no_latents", "greedy_skipped", "no_latents",
+            "averaged", "swapped", "zero_advantage"]  # fmt: skip
     keys = [key for key in keys if any(key in run for group in groups.values() for run in group)]
     lines = ["| runs | seeds | steps | seconds | " + " | ".join(keys) + " |", "|---" * (len(keys) + 4) + "|"]
     for name, group in groups.items():
@@ -89,8 +89,7 @@ def draw_curves(groups, over, picture):
 
 
 def think(run, number):
-    """What a run of latent_grpo.py thinks of a held-out problem, noise-free, before and after training. -> dict, a
-    latent as {word: weight}"""
+    """What a run of latent_grpo.py thinks of a held-out problem, noise-free. -> dict, a latent as {word: weight}"""
     if run["method"] != "latent_grpo":
         raise common.UserError(f"--thought: {run['name']} is no run of latent_grpo.py")
     args = argparse.Namespace(**run["args"])
@@ -114,7 +113,8 @@ def draw_thought(thought, picture):
     words = sorted(words, key=lambda word: word.strip().zfill(3))  # (columns,)
     picture.suptitle(f"{thought['question']}   (answer: {thought['answer']})")
     for (when, latents), axis in zip(thoughts, picture.subplots(1, 2), strict=True):
-        axis.imshow([[latent.get(word, 0) for word in words] for latent in latents], cmap="Blues", aspect="auto")
+        shades = [[latent.get(word, 0) for word in words] for latent in latents]  # (T, columns)
+        picture.colorbar(axis.imshow(shades, cmap="Blues", aspect="auto", vmin=0, vmax=0.6))
         axis.set_xticks(range(len(words)), words)
         axis.set(yticks=[], ylabel="latents, the first on top", title=f"{when} training: {thought[when]['text']}")
 
