@@ -1,6 +1,5 @@
 """Proofs of dlr.py: every formula against something that does not share its code. In the order of dlr.py.
 
-    pytest test_dlr.py            # a third of a minute
     pytest test_dlr.py -m slow    # runs to the end, a killed one, two processes, real tokenizer and data
 """
 
@@ -30,9 +29,8 @@ from common import Problem
 from test_latent_grpo import PROMPTS, assert_close, random_model
 from test_latent_sft import HERE, SHARED, needs_shared, rows_of
 
-T, D = 3, 5  # latents, and numbers per latent
+T, D, CUE, STOP_IDS = 3, 5, [3, 4], [6, 8]  # latents, numbers per latent, token ids
 PROBLEMS = [Problem(" ".join(map(str, ids)) + " <think>", str(i), "think") for i, ids in enumerate(PROMPTS)]
-CUE, STOP_IDS = [3, 4], [1, 4]
 NUMBERS = SimpleNamespace(  # a tokenizer whose words are numbers
     chat_template=None, encode=lambda text, **_: [int(word) for word in text.replace("<think>", "3 4").split()],
     decode=lambda ids: " ".join(map(str, ids)), batch_decode=lambda rows, **_: [NUMBERS.decode(ids) for ids in rows],
@@ -82,11 +80,11 @@ def update(policy, ref, batch, lr=0.0, bound=lambda *_: torch.ones(())):
     return {name: weight.grad.clone() for name, weight in policy.named_parameters()}, metrics
 
 
-# --- 2. The latent policy ---------------------------------------------------------------------------------------------
+# --- 2. to 4. The latent policy, the rollout, rewards and advantages --------------------------------------------------
 
 
-def test_states_are_the_assistants_own_at_the_queries_and_depend_on_the_prompt_alone():
-    """Together and padded, against transformers' model on [E(prompt); queries], one by one."""
+def test_states_are_the_assistants_own_at_the_queries_and_depend_on_the_prompt_alone_or_on_none(monkeypatch):
+    """Against transformers' model on [E(prompt); queries], one by one. One for all does not reach the assistant."""
     policy = build(settings())
     mu, log_std, states = policy(PROMPTS)
     assert mu.shape == log_std.shape == (3, 1, T, D) and (mu[0] - mu[1]).abs().max() > 0.01
@@ -96,9 +94,8 @@ def test_states_are_the_assistants_own_at_the_queries_and_depend_on_the_prompt_a
         theirs = F.layer_norm(theirs, (16,), policy.norm.weight, policy.norm.bias)
         for ours, expected in ((states, theirs), (mu, policy.mu(theirs)), (log_std, policy.log_std(theirs))):
             assert torch.allclose(ours[i, 0], expected, atol=1e-4)
-
-
-def test_one_prompt_for_all_problems_does_not_see_them_nor_train_the_assistant():
+    monkeypatch.setattr(common.LanguageModel, "autocast", lambda self: torch.autocast("cpu", torch.bfloat16))
+    assert all(each.dtype == torch.float32 for each in policy(PROMPTS))  # densities are float32 on a GPU too
     policy = build(settings(policy="prompt"))
     mu, (ours, _) = policy(PROMPTS)[0], update(policy, None, roll_out(policy))
     assert torch.equal(mu, mu[:1].expand_as(mu)) and (mu[0, 0, 0] - mu[0, 0, 1]).abs().max() > 0.01
@@ -128,13 +125,10 @@ def test_a_latent_is_a_mixture_of_a_few_words_of_the_main_model():
         main_lm = SimpleNamespace(table=torch.randn(vocabulary, 4))  # of another width than the assistant
         policy = dlr.LatentPolicy(random_model(), main_lm, settings(latent_dim=d))
         assert 1.3 < (1 / policy.mixture(torch.randn(400, d)).square().sum(-1)).median() < 6
-        assert policy.project(policy(PROMPTS)[0]).shape == (3, 1, T, 4)
+        assert policy.project(policy(PROMPTS)[0]).shape == (3, 1, T, 4) and policy.value(torch.ones(T * d + 16)).any()
     policy = build(settings(projection="identity"))  # a number of z is one of the embedding, in its size
     z, table = torch.randn(500, 16), policy.main_lm.table
     assert policy(PROMPTS)[0].shape == (3, 1, T, 16) and torch.allclose(policy.project(z) / z, table.norm() / 192**0.5)
-
-
-# --- 3. and 4. Rollout, reward and advantages -------------------------------------------------------------------------
 
 
 def test_decoding_is_generate():
@@ -143,8 +137,7 @@ def test_decoding_is_generate():
     main_lm, z = policy.main_lm, torch.randn(3, 8, T, D, generator=torch.Generator().manual_seed(0))
     def generate(prompt, thought):
         embeds = torch.cat([main_lm.table[torch.tensor(prompt)], thought, main_lm.table[torch.tensor(CUE)]])[None]
-        mask = torch.ones(embeds.shape[:2])
-        return main_lm.model.generate(inputs_embeds=embeds, attention_mask=mask, **how)[0].tolist()
+        return main_lm.model.generate(inputs_embeds=embeds, **how)[0].tolist()
     thoughts = policy.project(3 * z)
     texts, length, ended = dlr.decode(main_lm, PROBLEMS, thoughts, settings())
     assert length.unique().numel() > 3 and ended.any() and not ended.all() and len(set(texts[:8])) > 1
@@ -177,6 +170,8 @@ def test_a_prescreen_decodes_the_9_best_and_3_others_of_64():
             drawn += [ranks.index(i) for i in row[9:]]
     counts, expected = torch.tensor(drawn).bincount(minlength=64), 1800 / 55
     assert (counts[:9] == 0).all() and ((counts[9:] - expected) ** 2 / expected).sum() < 91.9  # 54 degrees of freedom
+    args.group_size, ranks = 12, guesses[0, :12].argsort(descending=True).tolist()  # of two, the second is drawn
+    assert {dlr.prescreen(guesses[:1, :12], args, generator)[0, 1].item() for _ in range(200)} == {*ranks[1:]}
 
 
 @pytest.mark.parametrize("how, decoded, best", [("all", 12, 0), ("prescreen", 6, 4)])
@@ -184,10 +179,9 @@ def test_what_is_decoded_and_learnt_from_is_mean_plus_sigma_noise_of_the_chosen(
     policy, written, decode = build(settings(filter=how, group_size=12)), [], dlr.decode
     monkeypatch.setattr(dlr, "decode", lambda *given: written.append(given[2]) or decode(*given))
     (roll, *_), (mu, log_std, states) = roll_out(policy), policy(PROMPTS)
-    z, noise = mu + log_std.exp() * roll.noise, roll.noise  # (P, G, T, d)
-    assert abs(noise.mean()) < 4 / math.sqrt(540) and abs(noise.std() - 1) < 4 / math.sqrt(2 * 540)
-    assert noise.unique().numel() > 530 and noise.shape == (3, 12, T, D) and roll.z.shape == (3, decoded, T, D)
-    assert torch.equal(written[0], policy.project(roll.z)) and roll.ended.shape == roll.length.shape == (3, decoded)
+    z = mu + log_std.exp() * roll.noise  # (P, G, T, d)
+    assert torch.equal(roll.noise, torch.randn(3, 12, T, D, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(written[0], policy.project(roll.z)) and roll.z.shape[:2] == roll.ended.shape == (3, decoded)
     for i in range(3):
         seen = torch.stack([torch.cat([*latents, states[i, 0].sum(0) / T]) for latents in z[i]])  # (G, F)
         distance, chosen = torch.cdist(roll.z[i].flatten(1), z[i].flatten(1)).min(1)  # (K,)
@@ -197,18 +191,17 @@ def test_what_is_decoded_and_learnt_from_is_mean_plus_sigma_noise_of_the_chosen(
 
 @pytest.mark.parametrize("form, reward, texts", [
     ("think", 1.2, [" 7 + 5 = 12 </think> 12"]), ("think", -0.8, [" 7 </think> 2", " 12 </think> 2"]),
-    ("think", 0.8, [" 7 + 5 = 12", " 7 </think> 12 12", " 7 </think> </think> 12",
-                    " <think> 7 </think> 12", "</think> 1 12"]),
+    ("think", 0.8, [" 7 + 5 = 12", " 7 </think> 12 12", " 7 </think> </think> 12", " <think> 7 </think> 12"]),
     ("think", -1.2, [" 7 + 5 = 1", ""]), ("boxed", -1.2, ["no idea", "12 or 7", "12 or \\boxed{3}"]),
-    ("boxed", 1.2, ["a</think> <answer>12.0</answer>", "\na < b\n</think>\n<answer>\n$12\n</answer>\n"]),
-    ("boxed", -0.8, ["a</think><answer>7</answer>", "12</think><answer>7</answer>"]),  # it counts, not the thought
-    ("boxed", 0.8, ["I say \\boxed{12}", "7 or 12", "<answer>12</answer>a</think>", "a<answer>12</answer>",  # swapped
-                    "a</think>b</think><answer>12</answer>", "<think>a</think><answer>12</answer>",  # twice
-                    "a</think><answer>7</answer><answer>12</answer>", "a</think><answer><answer>12</answer>",
-                    "a</think><answer>12", "a</think>12</answer>", "a</think> so <answer>12</answer>",  # unclosed
-                    "a</think><answer>12</answer>.", "12</think><answer>\n </answer>"]),  # blank
+    ("boxed", 1.2, ["a</think> <answer>12.0</answer>", "\na < b\n</think>\n<answer>\n$12 or so\n</answer>\n"]),
+    ("boxed", -0.8, ["a</think><answer>7</answer>", "12</think><answer>7 m</answer>"]),  # it counts, not the thought
+    ("boxed", 0.8, ["I say \\boxed{12}", "7 or 12", "<answer>12</answer>a</think>", "a<answer>12</answer>",
+                    "a</think>b</think><answer>12</answer>", "<think>a</think><answer>12</answer>",
+                    "a</think><answer>7</answer><answer>12</answer>", "a</think><answer>12", "a</think>12</answer>",
+                    "a</think>.<answer>12</answer>", "a</think><answer>12</answer>.", "12</think><answer> </answer>"]),
 ])  # fmt: skip
 def test_rewards(form, reward, texts):
+    """The last ones: no tags, swapped, left out, twice, unclosed, something around them, a blank answer."""
     for text, end in itertools.product(texts, (True, False)):  # a text that has not ended has no form
         correct, in_form = dlr.score([text], torch.tensor([[end]]), [Problem("", "12", form)])
         expected = reward > 0, end and reward in (1.2, -0.8)
@@ -220,10 +213,10 @@ def test_rewards_go_to_their_problems_and_become_advantages():
     ended = torch.tensor([[True, True, False], [True, False, True]])
     correct, form = dlr.score(texts, ended, [Problem("", "5"), Problem("", "1234")])
     assert correct.tolist() == [[1, -1, 1], [1, 1, -1]] and form.tolist() == [[1, 1, -1], [1, -1, 1]]
+    assert dlr.score(["a</think><answer> x </answer>"], ended[:1, :1], [Problem("", "x")])[0] == 1  # not a number
     ours = dlr.group_advantages(torch.tensor([[1.2, -0.8, -1.2, 0.8]]))
     assert torch.allclose(ours, torch.tensor([[1.176696, -0.784464, -1.176696, 0.784464]]), atol=2e-6)
-    rewards = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(dlr.group_advantages(rewards * 7 + 3), dlr.group_advantages(rewards), atol=1e-4)
+    assert torch.allclose(dlr.group_advantages(correct * 7 + 3), dlr.group_advantages(correct), atol=1e-5)
     for value in (1.2, 0.8, -0.8, -1.2):  # the rounding of a mean, divided by 1e-6, would be an advantage of .06
         assert all((dlr.group_advantages(torch.full((2, size), value)) == 0).all() for size in (3, 12, 16))
 
@@ -285,9 +278,8 @@ def by_hand(policy, ref, batch, old):
     gain = torch.min(ratios * advantages, ratios.clamp(1 - args.clip, 1 + args.clip) * advantages).mean()
     kl = kl_divergence(pi, distribution(ref)).mean() / D if ref else torch.zeros(())
     draws = pi.mean + pi.stddev * roll.noise.transpose(0, 1)  # (G, P, T, d)
-    cases = [draws[:, i, t] for i in range(3) for t in range(T)]
-    apart = [F.cross_entropy(z @ z.T / (D * args.sigma**2), torch.arange(len(z))) for z in cases]
-    apart = sum(apart) / len(apart)
+    scores = [z @ z.T / (D * args.sigma**2) for of_prompt in draws.unbind(1) for z in of_prompt.unbind(1)]
+    apart = torch.stack([F.cross_entropy(each, torch.arange(len(each))) for each in scores]).mean()
     value_loss = F.mse_loss(policy.value(roll.seen)[..., 0], rewards) * (args.filter == "prescreen")
     parts = {"kl": kl, "contrastive": apart, "value_loss": value_loss, "sigma": pi.stddev.mean()}
     return -gain + args.kl_coef * kl + args.contrast * apart + value_loss, parts
@@ -311,7 +303,7 @@ def test_the_whole_loss_by_hand(other, monkeypatch):
     theirs = torch.autograd.grad(loss, list(moved.parameters()), allow_unused=True, materialize_grads=True)
     assert_close(ours, dict(zip(ours, theirs, strict=True)), 1e-4)
     _, second = update(moved, ref, batch)
-    assert both["clipped"] > 0.1 and first["clipped"] == second["clipped"] == 0  # old is of the first pass
+    assert 0.1 < both["clipped"] < 0.5 and first["clipped"] == second["clipped"] == 0  # old is of the first pass
     assert abs(second["mu_rms"] - distribution(moved).mean.square().mean().sqrt()) < 1e-5
     for name, value in parts.items():  # metrics are means over passes
         assert abs(second[name] - value) < 1e-5 and abs(both[name] - (first[name] + second[name]) / 2) < 1e-5
@@ -326,8 +318,7 @@ def test_what_is_not_finite_stops_before_the_weights_change_and_norms_are_bounde
     assert all(map(torch.equal, policy.state_dict().values(), build(policy.args).state_dict().values()))
     ours, _ = update(policy, None, (roll, 1e3 * rewards, 1e3 * advantages), bound=bound)
     for group in ("assistant.", "value.", ("queries", "norm.", "mu.", "log_std.")):
-        norm = torch.nn.utils.get_total_norm([gradient for name, gradient in ours.items() if name.startswith(group)])
-        assert abs(norm - 1) < 1e-3
+        assert abs(torch.nn.utils.get_total_norm([g for name, g in ours.items() if name.startswith(group)]) - 1) < 1e-3
 
 
 # --- 7. and 8. Evaluation and runs ------------------------------------------------------------------------------------
@@ -342,7 +333,9 @@ def test_evaluation_gives_each_problem_the_latents_that_it_says(monkeypatch):
         return texts, torch.full(z.shape[:2], 5), torch.ones(z.shape[:2], dtype=torch.bool)
     monkeypatch.setattr(dlr, "decode", decode)
     monkeypatch.setattr(policy, "project", lambda z: z)
+    random_state = torch.get_rng_state()
     scores, (mu, log_std, _) = dlr.evaluate(policy, PROBLEMS, policy.args, full=True), policy(PROMPTS)
+    assert torch.equal(random_state, torch.get_rng_state())
     greedy, first, last, averaged, swapped, nothing = given  # samples of two problems, and of one
     noise = (torch.cat([first, last]) - mu) / log_std.exp()
     assert noise.shape == (3, 4, T, D) and abs(noise.mean()) < 0.3 and abs(noise.std() - 1) < 0.22
@@ -357,50 +350,63 @@ def test_what_is_logged_and_shown_of_a_batch():
     policy.words, z[1, 0, 0, 7], z[1, 0, 0, 3] = torch.eye(12), 9.0, 8.0
     length, ended = torch.tensor([[1, 2], [3, 6]]), torch.tensor([[True, True], [True, False]])
     roll = dlr.Rollout([], None, z, None, ["a", "b", " c ", "d"], length, ended)
-    correct, form, advantages = torch.tensor([[[1.0, 1], [1, -1]], [[-1, -1], [1, -1]], [[0, 0], [1, -1]]])
-    expected = {"reward": 0.75, "form": 0.25, "length": 3.0, "ended": 0.75, "zero_advantage": 0.5, "mixed_groups": 0.5}
+    correct, form, advantages = torch.tensor([[[1.0, 1], [1, -1]], [[-1, -1], [1, -1]], [[0, 0], [1, 0]]])
+    expected = {"reward": 0.75, "form": 0.25, "length": 3.0, "ended": 0.75, "zero_advantage": 0.75, "mixed_groups": 0.5}
     assert dlr.measure(roll, correct, form, advantages) == {"rollouts": 4} | expected
     lines = dlr.describe(policy, roll, PROBLEMS, correct + 0.2 * form, advantages).split("\n    ")
     assert lines == ["8 <think>", "latent  1  '7' 0.73  '3' 0.27", "text       'c'", "reward 1.2, the answer is 1"]
-    policy = build(settings(projection="identity"))
-    roll.z = policy.main_lm.table[5].expand(2, 2, 1, 16)  # the nearest word, by cosine
+    policy, roll.z = build(settings(projection="identity")), random_model().table[5].expand(2, 2, 1, 16)  # by cosine
     assert "latent  1  '5' 1.00" in dlr.describe(policy, roll, PROBLEMS, correct, advantages)
 
 
 QUICK = ["--steps", "2", "--prompts_per_step", "2", "--group_size", "8", "--eval_problems", "8", "--eval_samples", "2",
-         "--eval_every", "1", "--save_every", "1"]  # fmt: skip
+         "--eval_every", "1", "--save_every", "1", "--lr", "0.1", "--lr_assistant", "0.01"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """-> folder, output, what was loaded, and learning rates and rollouts of the updates"""
-    folder, loaded, updates, load, update = tmp_path_factory.mktemp("runs") / "run", [], [], dlr.load, dlr.update
-    with mock.patch.multiple(
-        dlr, load=lambda args: loaded.append(load(args)) or loaded[-1],
-        update=lambda *given: updates.append(([x["lr"] for x in given[2].param_groups], given[3])) or update(*given),
-    ), mock.patch("sys.stdout", io.StringIO()) as out:  # fmt: skip
+    """-> folder, output, what was loaded, which problems were taken"""
+    folder, loaded, load = tmp_path_factory.mktemp("runs") / "run", [], dlr.load
+    with mock.patch.object(dlr, "load", lambda args: loaded.append(load(args)) or loaded[-1]), \
+         mock.patch.object(common, "take_problems", wraps=common.take_problems) as take, \
+         mock.patch("sys.stdout", io.StringIO()) as out:  # fmt: skip
         dlr.main([*QUICK, "--out", str(folder)])
-    return folder, out.getvalue(), loaded[0], updates
+    return folder, out.getvalue(), loaded[0], [call.args[1:] for call in take.call_args_list]
 
 
 def test_a_run_leaves_a_log_a_result_and_a_model_and_the_main_model_as_it_was(run):
-    folder, out, (main_lm, policy, ref, optimizer), ((rates, first), (later_rates, second)) = run
+    folder, out, (main_lm, policy, ref, optimizer), taken = run
     result, rows = json.loads(out.splitlines()[-1]), rows_of(folder)
     names = "greedy form length sampled pass@2 averaged swapped no_latents right_note".split()
-    names = {*names, *(f"{name}_before" for name in names)} | {"method", "model", "seed", "steps", "seconds"}
-    assert set(result) == names | {"main_unchanged"} and result["method"] == "dlr" and result["main_unchanged"] is True
+    assert common.load_checkpoint(folder)["before"] == {name: result[f"{name}_before"] for name in names}
+    names += [*(f"{name}_before" for name in names), *"method model seed steps seconds main_unchanged".split()]
+    assert set(result) == set(names) and result["method"] == "dlr" and result["main_unchanged"] is True
     assert result["right_note"] > 0.8 and result["no_latents"] < 0.3  # how far the main model can be steered
     assert "? <think>\n    latent  1  ' " in out and "\n    text       '" in out
     assert [row["step"] for row in rows] == [0, 1] and rows[0]["kl"] == 0 < rows[1]["kl"] and "greedy" in rows[1]
-    assert rates == [3e-3, 1e-3, 3e-3] and later_rates == [rate / 2 for rate in rates]  # a cosine
-    assert first.prompts != second.prompts and not torch.equal(first.noise, second.noise)
+    assert taken == [("train", 0, 1), ("test", 0, 8), ("train", 0, 2), ("train", 2, 2)]
     assert all(map(torch.equal, main_lm.model.parameters(), common.load_model(policy.args).model.parameters()))
-    assert all(weight.grad is None for weight in main_lm.model.parameters())
+    assert all(weight.requires_grad and weight.grad is None for weight in main_lm.model.parameters())  # for autocast
     assert {id(w) for x in optimizer.param_groups for w in x["params"]} == {id(w) for w in policy.parameters()}
-    learnt, start, saved = policy.state_dict(), ref.state_dict(), AutoModelForCausalLM.from_pretrained(folder / "model")
-    assert {name.split(".")[0] for name in learnt if not torch.equal(learnt[name], start[name])} == {
-        "queries", "norm", "mu", "log_std", "assistant"}  # fmt: skip
-    assert all(torch.equal(learnt[f"assistant.{name}"], weight) for name, weight in saved.state_dict().items())
+    new, old, saved = policy.state_dict(), ref.state_dict(), AutoModelForCausalLM.from_pretrained(folder / "model")
+    changed = {name.split(".")[0] for name in new if not torch.equal(new[name], old[name])}
+    assert changed == {"queries", "norm", "mu", "log_std", "assistant"}
+    assert all(torch.equal(new[f"assistant.{name}"], weight) for name, weight in saved.state_dict().items())
+
+
+def test_what_a_step_learns_from_and_how_fast(tmp_path):
+    """Rewards and advantages of texts; learning rates of steps 0 and 1 of 40, where warm-up takes 1.2."""
+    correct, form, noise, rates = torch.ones(2, 8), torch.ones(2, 8), [], []
+    correct[:, :3], form[:, 2:5] = -1, -1
+    def update(policy, ref, optimizer, roll, rewards, advantages, args):
+        assert torch.equal(rewards, correct + 0.2 * form) and torch.equal(advantages, dlr.group_advantages(rewards))
+        noise.append(roll.noise), rates.append([group["lr"] for group in optimizer.param_groups])
+        return {}
+    with mock.patch.multiple(dlr, evaluate=lambda *_, **__: {}, score=lambda *_: (correct, form), update=update), \
+         mock.patch.object(common, "progress", lambda steps, **_: steps[:2]):  # fmt: skip
+        dlr.main([*QUICK, "--steps", "40", "--eval_every", "0", "--out", str(tmp_path / "run")])
+    expected = [[peak * share for peak in (0.1, 0.01, 0.1)] for share in (1 / 1.2, (1 + math.cos(math.pi / 40)) / 2)]
+    assert not torch.equal(*noise) and torch.allclose(torch.tensor(rates), torch.tensor(expected), rtol=1e-4)
 
 
 @pytest.mark.parametrize("flags", [
@@ -411,45 +417,40 @@ def test_same_seed_same_log_with_evaluations_or_without_and_every_switch_makes_a
     dlr.main([*QUICK, "--eval_every", "0", "--eval_problems", "2", *flags, "--out", str(tmp_path / "run")])
     ours, theirs = rows_of(tmp_path / "run"), rows_of(run[0])
     assert all(row.items() <= other.items() for row, other in zip(ours, theirs, strict=True)) == (not flags)
-    assert all(row["rollouts"] == (8 if "prescreen" in flags else 16) for row in ours)
-
-
-def error_of(flags, capsys):
-    with pytest.raises(SystemExit) as stop:
-        common.run_main(lambda: dlr.main(flags))
-    error = capsys.readouterr().err.strip()
-    assert stop.value.code == 2 and "error: " in error and "\n" not in error
-    return error
+    assert all(row["rollouts"] == (8 if "prescreen" in flags else 16) and row["grad_norm"] > 0 for row in ours)
+    assert all((row["grad_norm_assistant"] == 0) == ("prompt" in flags) for row in ours)
+    ours, theirs = (common.load_checkpoint(folder)["model"].get("words") for folder in (tmp_path / "run", run[0]))
+    assert ours is None if "identity" in flags else torch.equal(ours, theirs) == ("--seed" not in flags)  # W, fixed
 
 
 @pytest.mark.parametrize("flags, mentioned", [
     (["--filter", "prescreen", "--share", "0.05", "--group_size", "16"], "--share"), (["--group_size", "1"], "--group"),
     (["--filter", "prescreen", "--share", "2"], "--share"), (["--assistant", "no-such-model"], "no-such-model"),
-    (["--assistant", "Qwen2.5-0.5B"], "Qwen/Qwen2.5-0.5B"), (["--latent_steps", "0"], "--latent_steps"),
     (["--sigma", "0"], "--sigma"), (["--data", "nowhere"], "nowhere/train.jsonl"), (["--resume", "nowhere"], "nowhere"),
 ])  # fmt: skip
-def test_a_wrong_call_ends_with_one_line_and_exit_code_2(flags, mentioned, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert mentioned in error_of(flags, capsys)
+def test_a_wrong_call_ends_with_one_line_and_exit_code_2(flags, mentioned, capsys):
+    with pytest.raises(SystemExit) as stop:
+        common.run_main(lambda: dlr.main(flags))
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and "error: " in error and "\n" not in error and mentioned in error
 
 
-def test_a_main_model_of_which_one_bit_has_changed_is_refused(run, tmp_path, capsys, monkeypatch):
+def test_a_main_model_of_which_one_bit_has_changed_is_refused(run, tmp_path, monkeypatch):
     def change(policy, *_):
-        policy.main_lm.table.data.view(torch.int32)[5, 5] ^= 1
+        policy.main_lm.table.data.view(torch.int32)[5, 5] += 1
         return {}
-    lm = common.load_model(dlr.parse_args([]))
-    change(SimpleNamespace(main_lm=lm))
+    change(SimpleNamespace(main_lm=(lm := common.load_model(dlr.parse_args([])))))
     lm.model.save_pretrained(tmp_path / "tiny"), lm.tokenizer.save_pretrained(tmp_path / "tiny")
-    assert "main model" in error_of(["--resume", str(run[0]), "--model", str(tmp_path / "tiny")], capsys)
     monkeypatch.setattr(dlr, "update", change)
-    assert "main model" in error_of([*QUICK, "--steps", "1", "--out", str(tmp_path / "run")], capsys)
+    for flags in (["--resume", str(run[0]), "--model", str(tmp_path / "tiny")], ["--out", str(tmp_path / "run")]):
+        with pytest.raises(common.UserError, match="main model"):  # at the start; and at the end, after two changes
+            dlr.main([*QUICK, *flags])
 
 
 @pytest.mark.slow
 def test_killed_and_resumed_is_uninterrupted_bit_for_bit(run, tmp_path):
-    command = [sys.executable, "dlr.py", *QUICK, "--out", str(tmp_path / "run")]
-    environment, log = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}, tmp_path / "run/log.jsonl"
-    process = subprocess.Popen(command, cwd=HERE, env=environment, stdout=subprocess.DEVNULL)
+    command, log = [sys.executable, "dlr.py", *QUICK, "--out", str(tmp_path / "run")], tmp_path / "run/log.jsonl"
+    process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.DEVNULL)
     while process.poll() is None and (not log.exists() or log.stat().st_size == 0):
         time.sleep(0.01)
     process.kill()
@@ -471,8 +472,8 @@ def test_two_processes_make_a_run(tmp_path):
 
 @pytest.mark.slow
 def test_the_assistant_learns_to_say_the_right_word(tmp_path, capsys):
-    """Three fifths of the default run; by its end greedy is 1.000, and one message for everybody is right for half."""
-    dlr.main(["--steps", "60", "--eval_every", "0", "--out", str(tmp_path / "run")])
+    """The default run ends at 1.000 with every seed, after 30 to 60 steps; one message for all is right for half."""
+    dlr.main(["--eval_every", "0", "--out", str(tmp_path / "run")])
     result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert result["greedy_before"] < 0.2 and result["greedy"] > 0.8 and result["right_note"] > 0.95
     assert max(result["averaged"], result["swapped"]) < result["greedy"] - 0.2 and result["no_latents"] < 0.2
@@ -483,9 +484,8 @@ def test_the_assistant_learns_to_say_the_right_word(tmp_path, capsys):
 def test_a_real_tokenizer_and_gsm8k(tmp_path, capsys, monkeypatch):
     """With small random models. These are never right and never in form, so every second text is called right."""
     tokenizer, verdicts = AutoTokenizer.from_pretrained(SHARED / "tokenizers/qwen2.5"), itertools.cycle([0.0, 1.0])
-    (prompt,), cue = dlr.encode(tokenizer, [Problem("How many?", "2")])
-    text = f"<|im_start|>user\nHow many?\n{dlr.FORMAT}<|im_end|>\n<|im_start|>assistant\n<think>"
-    assert tokenizer.decode(prompt + cue).endswith(text)
+    (prompt,), cue = dlr.encode(tokenizer, [Problem("Why?", "2")])
+    assert tokenizer.decode(prompt + cue).endswith(f"\nWhy?\n{dlr.FORMAT}<|im_end|>\n<|im_start|>assistant\n<think>")
     for name, width in (("main", 48), ("assistant", 32)):
         config = Qwen2Config(vocab_size=151936, hidden_size=width, intermediate_size=64, num_hidden_layers=2,
                              num_attention_heads=4, num_key_value_heads=2, eos_token_id=151645)  # fmt: skip
@@ -493,7 +493,8 @@ def test_a_real_tokenizer_and_gsm8k(tmp_path, capsys, monkeypatch):
         tokenizer.save_pretrained(tmp_path / name)
     monkeypatch.setattr(common, "verify", lambda text, problem: (0.0, next(verdicts)))
     dlr.main([*QUICK, "--model", str(tmp_path / "main"), "--assistant", str(tmp_path / "assistant"), "--data",
-              str(SHARED / "data/gsm8k"), "--max_new_tokens", "12", "--out", str(tmp_path / "run")])  # fmt: skip
-    for row in rows_of(tmp_path / "run"):
-        assert row["grad_norm"] > 0 and row["grad_norm_assistant"] > 0 and row["reward"] == 0.5 and row["form"] == 0
+              str(SHARED / "data/gsm8k"), "--max_new_tokens", "12", "--filter", "prescreen", "--share",
+              "0.5", "--out", str(tmp_path / "run")])  # fmt: skip
+    rows = rows_of(tmp_path / "run")
+    assert all(row["grad_norm"] * row["grad_norm_assistant"] > 0 and row["reward"] == 0.5 for row in rows)
     assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["main_unchanged"]
