@@ -1,5 +1,4 @@
 """What the methods share and what is not the method: flags, ranks, problems, verifier, model, decoding, run folder.
-
 P prompts, G rollouts a prompt, N = P * G, B rows, L columns, T steps, K candidates, V vocabulary, D width."""
 
 import argparse
@@ -27,6 +26,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache
 
 import tiny
+import trees
 
 # 1. Flags, errors, and ranks: the processes that torchrun starts, one for each GPU ------------------------------------
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -37,8 +37,7 @@ class UserError(Exception):
     """What the user can put right: printed as one line that says what to do, with exit code 2."""
 
 
-def at_least(low, kind=int):
-    """The type of a flag that checks itself: at_least(2)("1") is an error of argparse."""
+def at_least(low, kind=int):  # the type of a flag that checks itself: at_least(2)("1") is an error of argparse
     def number(text):
         if not kind(text) >= low:
             raise argparse.ArgumentTypeError(f"must be at least {low}")
@@ -46,10 +45,11 @@ def at_least(low, kind=int):
     return number
 
 
-def parse_args(parser, argv, tiny_defaults):
-    """Defaults are those of the run to resume; else `tiny_defaults`, where the name or path of the model says tiny."""
+def parse_args(parser, argv, tiny_defaults, trees_defaults=None):
+    """Defaults are those of the run to resume; else of the built-in task that data or model name."""
     first, _ = parser.parse_known_args(argv)
-    defaults = tiny_defaults if re.search(r"\btiny", first.model) else {}
+    is_trees = trees_defaults and re.search(r"^trees |\btiny_trees", f"{first.data} {first.model}")
+    defaults = trees_defaults if is_trees else tiny_defaults if re.search(r"\btiny", first.model) else {}
     parser.set_defaults(**(load_checkpoint(first.resume)["args"] if first.resume else defaults))
     return parser.parse_args(argv)
 
@@ -57,8 +57,8 @@ def parse_args(parser, argv, tiny_defaults):
 def add_shared_flags(parser, rl=True):
     add, devices = parser.add_argument, ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     add("--model", default="tiny", help="tiny, a local folder, a hub id, or a bare Qwen name")
-    add("--data", default="gsm8k", help="tiny, gsm8k, or a folder with train.jsonl and test.jsonl")
-    add("--kind", default="mixed", choices=[*tiny.KINDS, "single"], help="built-in task: signs in a chain")
+    add("--data", default="gsm8k", help="tiny, trees, gsm8k, or a folder with train.jsonl and test.jsonl")
+    add("--kind", default="mixed", help="of tiny: mixed, plus, minus or single; of trees: depth,branching,exits")
     add("--steps", type=at_least(0), default=100, help="training steps; 0 only evaluates")
     add("--prompts_per_step", type=at_least(RANKS), default=32, help="P, problems in a batch, one per rank at least")
     add("--max_new_tokens", type=at_least(1), default=512, help="cap on the steps of a rollout, latent ones included")
@@ -108,8 +108,7 @@ def reduce_gradients(model):
         all_reduce(weight.grad)
 
 
-def mean(values):
-    """Mean of a tensor's values over all ranks -> float, NaN of nothing"""
+def mean(values):  # of a tensor's values, over all ranks -> float, NaN of nothing
     total, count = all_reduce(torch.stack([values.float().sum(), torch.ones_like(values).float().sum()]))
     return (total / count).item()
 
@@ -143,14 +142,17 @@ def read_problems(name, split, seed):
 
 
 def take_problems(args, split, start, count):
-    """Problems start, start + 1, … of an endless sequence, none twice in one call. Which ones a training step takes
-    follows from its number, so a checkpoint holds no place in the data. -> list of Problem"""
+    """-> list of problems start, start + 1, … of an endless sequence: a checkpoint holds no place in the data"""
     seed = args.seed if split == "train" else 0
-    if args.data == "tiny":
-        chains = [tiny.make_problem(i, split, seed, kind=args.kind) for i in range(start, start + count)]
-        return [Problem(tiny.problem_text(*chain), str(tiny.true_answer(*chain)), "think") for chain in chains]
-    rows = read_problems(args.data, split, seed)
-    return [rows[i % len(rows)] for i in range(start, start + min(count, len(rows)))]
+    task = {"tiny": tiny, "trees": trees}.get(args.data)
+    if task is None:
+        rows = read_problems(args.data, split, seed)
+        return [rows[i % len(rows)] for i in range(start, start + min(count, len(rows)))]
+    try:
+        found = [task.make_problem(i, split, seed, kind=args.kind) for i in range(start, start + count)]
+    except (KeyError, ValueError):
+        raise UserError(f"--data {args.data} has no --kind {args.kind}: see --help") from None
+    return [Problem(task.problem_text(*problem), str(task.true_answer(*problem)), "think") for problem in found]
 
 
 def encode_prompt(tokenizer, problem, ending=""):
@@ -188,8 +190,7 @@ def math_verify(prediction, truth):
 
 @functools.lru_cache(maxsize=4096)  # rollouts of a group often say the same
 def answers_equal(prediction, truth):
-    """Numbers are compared as numbers. Other formulas go to math-verify, in a process that can be ended: 9^{9^{9^9}}
-    would keep any timeout of its own waiting inside one power."""
+    """Numbers are compared as numbers, other formulas by math-verify in a process that can be ended: 9^{9^{9^9}}"""
     a, b = to_number(prediction), to_number(truth)
     if prediction == truth or a is not None and b is not None:
         return prediction == truth or a == b
@@ -205,8 +206,7 @@ def answers_equal(prediction, truth):
 
 
 def verify(text, problem):
-    """(strict, flexible) scores of a completion, each 0.0 or 1.0. Strict wants the answer in the form that was asked
-    for, flexible takes the last number: where only the strict score rises, the form has been learnt."""
+    """-> (strict, flexible), 0.0 or 1.0: strict wants the form that was asked for, flexible takes the last number"""
     found, numbers, truth = BOX.findall(text), NUMBER.findall(text), to_number(problem.answer)
     if problem.form == "think":
         found = re.findall(r"(?:</think>|^)\s*(\d+)\s*$", text)
@@ -246,7 +246,7 @@ def load_model(args):
     transformers.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     path = f"Qwen/{args.model}" if args.model.startswith("Qwen") and "/" not in args.model else args.model
-    path = str(Path(__file__).parent / path) if path in ("tiny", "tiny_latent") else path
+    path = str(Path(__file__).parent / path) if path in ("tiny", "tiny_latent", "tiny_trees") else path
     if sys.platform == "linux":  # freed memory is kept: to fetch every page anew costs a tenth of a step on a CPU
         for option, value in ((-1, 2**31 - 1), (-3, 2**25)):  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc
             ctypes.CDLL(None).mallopt(option, value)

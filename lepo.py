@@ -1,6 +1,7 @@
 r"""LEPO, Latent Reasoning Policy Optimization (arXiv 2604.17892), in one file that is read from the top to the bottom.
 
     python lepo.py                              # the tiny model on a laptop CPU, about a minute
+    python lepo.py --data trees                 # a task on which soft tokens are worth more than words (trees.py)
     python lepo.py --model Qwen2.5-0.5B         # GSM8K, one GPU; several: torchrun --nproc_per_node=8 lepo.py …
     python lepo.py --latent_steps 0             # the baseline: plain GRPO, exactly
 
@@ -24,23 +25,21 @@ At step t the model has seen the prompt q and the embeddings e_<t. It gives logi
 z_t - pi_t, and with a one-hot z_t it is the log-probability of an ordinary token.
 
 What (5) is and is not. For tau > 0 it is not the log of a density: its gradient has mean E[z] - pi, not 0, so the
-policy gradient is biased. On small vocabularies its direction is nearly right (cosine > .99 for smooth rewards), and it
-is too short: by a factor of 0.8 at tau .3. The exact densities (`--estimator concrete|gumbel`) are unbiased; they pay
-about one unit of variance per candidate, however improbable it is. test_lepo.py proves each of these statements.
+policy gradient is biased. On small vocabularies its direction is nearly right (cosine > .99 for smooth rewards), and
+it is too short: by a factor of 0.8 at tau .3. The exact densities (`--estimator concrete|gumbel`) are unbiased; they
+pay about one unit of variance per candidate, however improbable it is. test_lepo.py proves each statement.
 
 Differences from the official code (github.com/YuyanZhou/lepo, a TRL 0.21 trainer), and why:
-  1. The text of a latent step, for reward and end token, is the heaviest candidate of what was executed; there, the
-     argmax of the noise-free scores. (With 20 latent steps, to verify the text steps alone ended at .30, not .86.)
+  1. The text of a latent step is the heaviest candidate of what was executed; there, the noise-free argmax.
   2. The verifier wants the answer in \boxed{}. There, math-verify also takes "the answer is 42".
-  3. Latent steps have the ratio of (6), a z-weighted geometric mean of token ratios, not a ratio of densities. There,
-     they have none, and with the released settings all ratios are 1. At the first update of a batch the two agree.
+  3. Latent steps have the ratio of (6), a z-weighted geometric mean of token ratios. There, they have none.
   4. Old and reference log-probabilities are those of the executed mixtures; there, of the tokens that stand for them.
   5. KL, off by default like there, is KL_t of (6), whose mean gradient at unfiltered text steps is the KL's; there, k3.
   6. One loss denominator for the batch; there, a mean per rollout, which gives steps of short rollouts more weight.
   7. e_t is rebuilt in the graph with z_t constant, so E learns as an input too; there, e_t is a constant.
   8. (5) has T at all steps; there, latent steps have T = 1.
-Like there, (5) takes the full softmax although (1) samples from a filtered one. Other noise (Gaussian, Dirichlet) is
-another line in `soft_token`; the paper found it worse.
+Like there, (5) takes the full softmax although (1) samples from a filtered one. At text steps this drives up words that
+are never drawn, wherever the model has to guess and is often wrong; `--filter latent` draws text from the full softmax.
 """
 
 import argparse
@@ -55,11 +54,15 @@ import common
 
 # --- 1. Flags: the method's are the paper's (its Qwen2.5-3B run); TINY is for the tiny model --------------------------
 TINY = dict(
-    data="tiny", max_new_tokens=40, eval_problems=512, eval_every=10,
+    data="tiny", max_new_tokens=40, eval_problems=512, eval_every=10, micro_batch=32,
     latent_steps=12,  # an operation takes six tokens, so the first two operations of two to five are latent
     tau=0.5,  # within the paper's .3 to .6
     lr=3e-4,  # the best of 1e-4, 3e-4, 6e-4: a small model takes larger steps
-    micro_batch=32,  # the fastest on two cores
+)  # fmt: skip
+TREES = TINY | dict(
+    model="tiny_trees", data="trees", kind="2,2,4", max_new_tokens=8, eval_problems=1024, steps=150, lr=2e-4,
+    latent_steps=3, tau=20, top_k=6, top_p=0.995,  # a walk; breadth: all nodes in reach, with nearly equal weights
+    filter="latent",  # else unlucky guesses drift to words that are no answer
 )  # fmt: skip
 
 
@@ -67,22 +70,23 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         prog="lepo.py", usage=argparse.SUPPRESS, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="LEPO and, with --latent_steps 0, GRPO. The first page of the file explains both.",
-        epilog=f"The tiny model has defaults of its own: {TINY}",
+        epilog=f"The tiny models have defaults of their own: {TINY}; with --data trees {TREES}",
     )  # fmt: skip
     add, at_least = parser.add_argument, common.at_least
     add("--latent_steps", type=at_least(0), default=64, help="soft tokens before the text; 0 is plain GRPO")
     add("--tau", type=at_least(1e-3, float), default=0.3, help="of (2); smaller is nearer to discrete tokens")
     add("--noise", default="gumbel", choices=["gumbel", "none"], help="none: latent steps are deterministic")
-    add("--estimator", default="soft", choices=["soft", "hard", "concrete", "gumbel", "none"], help="log-probability "
-        "of a latent step: (5), of its argmax, an exact density, or none: only text is trained")  # fmt: skip
+    add("--estimator", default="soft", choices=["soft", "concrete", "gumbel", "none"], help="of latent steps: (5), an "
+        "exact density, or none: only text is trained")  # fmt: skip
     add("--temperature", type=at_least(1e-3, float), default=1.0, help="T of (1)")
     add("--top_k", type=at_least(0), default=30, help="candidates in (1); 0: all of a small vocabulary")
     add("--top_p", type=at_least(1e-3, float), default=0.95, help="probability mass in (1)")
+    add("--filter", default="all", choices=["all", "latent"], help="steps at which top_k and top_p hold")
     add("--updates_per_batch", type=at_least(1), default=1, help="passes over a batch; from the second on, (6) clips")
     add("--clip", type=at_least(0, float), default=0.2, help="eps of (6)")
     add("--kl_coef", type=at_least(0, float), default=0.0, help="beta of (6); above 0 keeps a second model")
     common.add_shared_flags(parser)
-    args = common.parse_args(parser, argv, TINY)
+    args = common.parse_args(parser, argv, TINY, TREES)
     if args.latent_steps >= args.max_new_tokens:
         parser.error("--latent_steps must be below --max_new_tokens: there has to be room for text")
     if args.noise == "none" and args.estimator in ("concrete", "gumbel"):
@@ -91,15 +95,16 @@ def parse_args(argv=None):
 
 
 # --- 2. The soft token, (1) and (2): only K candidates, in float32; topk alone sees the vocabulary --------------------
-def support(logits, args):
+def support(logits, args, is_latent=True):
     """Equation (1). logits (B, V) -> candidates (B, K) and their log-probabilities (B, K), descending, -inf outside.
 
     The smallest set whose mass reaches top_p survives: .6, .3, .1 at top_p .8 keep two, renormalised to .67 and .33.
     """
-    values, candidates = logits.topk(min(args.top_k or logits.shape[-1], logits.shape[-1]), dim=-1)  # (B, K)
+    top_k, top_p = (args.top_k, args.top_p) if is_latent or args.filter == "all" else (0, 1)
+    values, candidates = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]), dim=-1)  # (B, K)
     values = values.float() / args.temperature  # (B, K)
     probs = values.softmax(-1)  # (B, K)
-    outside = probs.cumsum(-1) - probs >= args.top_p  # (B, K) the mass before a candidate already reaches top_p
+    outside = probs.cumsum(-1) - probs >= top_p  # (B, K) the mass before a candidate already reaches top_p
     return candidates, values.masked_fill(outside, -math.inf).log_softmax(-1)
 
 
@@ -158,7 +163,7 @@ def rollout(lm, prompts, group_size, args, generator, latent_steps, noise_free=F
         logits = decoder.logits  # (N, V)
         for t in range(args.max_new_tokens):
             is_latent = t < latent_steps
-            candidates, log_probs = support(logits, args)  # (B, K) each
+            candidates, log_probs = support(logits, args, is_latent)  # (B, K) each
             noisy = not noise_free and (args.noise == "gumbel" or not is_latent)
             gumbel = gumbel_noise(log_probs, generator) if noisy else torch.zeros_like(log_probs)  # (B, K)
             z_ids, z, z_scores = soft_token(candidates, log_probs, gumbel, args.tau if is_latent else 0)
@@ -205,7 +210,6 @@ def step_log_probs(log_p, weights, scores, is_latent, args):
 
     Gradient with respect to the logits of m candidates; w = softmax(l - tau log z), v = 1 - exp(l - scores), p = e^l:
       soft      z - pi                  the paper: biased for tau > 0, least variance
-      hard      onehot(argmax z) - pi   zero mean if nothing is filtered; ignores that the mixture is soft
       concrete  1 - m w                 exact density of z (Maddison et al. 2017); E|.|^2 = m (m - 1) / (m + 1)
       gumbel    v - p sum(v)            exact density of l + g (as in SofT-GRPO); E|v|^2 = m
       none      0                       latent steps are executed, and only text is trained
@@ -218,8 +222,6 @@ def step_log_probs(log_p, weights, scores, is_latent, args):
     scores = scores.masked_fill(~inside, 0)
     if args.estimator == "none":
         latent = torch.zeros_like(soft)
-    elif args.estimator == "hard":
-        latent = log_p.gather(-1, weights.argmax(-1, keepdim=True)).squeeze(-1)
     elif args.estimator == "gumbel":
         latent = ((log_l - scores - (log_l - scores).exp()) * inside).sum(-1)
     elif args.estimator == "concrete":  # from the scores: z itself would underflow
@@ -277,7 +279,7 @@ def update(lm, ref, optimizer, roll, advantages, args):
     rows = order[advantages[order] != 0] if ref is None else order
     batches = rows.split(args.micro_batch) if len(rows) else ()  # (B,) each
     denominator = common.all_reduce(roll.length.sum().float())
-    old, sums = {}, torch.zeros(5, device=roll.length.device)
+    old, sums = {}, torch.zeros(3, device=roll.length.device)
     for _ in range(args.updates_per_batch):
         optimizer.zero_grad()
         for i, micro in enumerate(batches):
@@ -291,16 +293,14 @@ def update(lm, ref, optimizer, roll, advantages, args):
                 kl = (log_probs - ref_log_probs) ** 2 / 2
             loss = -((gain - args.kl_coef * kl) * mask).sum() / denominator
             loss.backward()
-            nll, is_text = -log_probs[:, args.latent_steps :].sum(), mask[:, args.latent_steps :].sum()
-            sums += torch.stack([(clipped & mask).sum(), (kl * mask).sum(), mask.sum(), nll, is_text]).detach()
+            sums += torch.stack([(clipped & mask).sum(), (kl * mask).sum(), mask.sum()]).detach()
         common.reduce_gradients(lm.model)
         grad_norm = torch.nn.utils.clip_grad_norm_(lm.model.parameters(), 1.0)  # the paper's bound
         if not grad_norm.isfinite():
             raise common.UserError("the gradient is not finite and was not applied; --resume with a lower --lr")
         optimizer.step()
-    clipped, kl, steps, nll, text = common.all_reduce(sums).tolist()
-    means = {"clipped": clipped / max(steps, 1), "kl": kl / max(steps, 1), "nll": nll / max(text, 1)}
-    return {"grad_norm": grad_norm.item()} | means
+    clipped, kl, steps = common.all_reduce(sums).tolist()
+    return {"grad_norm": grad_norm.item(), "clipped": clipped / max(steps, 1), "kl": kl / max(steps, 1)}
 
 
 # --- 7. Evaluation and samples: always the same held-out problems, with noise of their own ----------------------------
