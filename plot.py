@@ -59,7 +59,7 @@ def read_groups(paths, only):
 def table(groups):
     """Markdown: a row per group; of each accuracy the mean before -> mean ± standard deviation after."""
     keys = ["greedy", "sampled", "pass@8", "length", "exit_rate", "greedy_no_latents", "greedy_skipped", "no_latents",
-            "averaged", "swapped", "zero_advantage"]  # fmt: skip
+            "averaged", "swapped", "held", "right_held", "right_lost", "zero_advantage"]  # fmt: skip
     keys = [key for key in keys if any(key in run for group in groups.values() for run in group)]
     lines = ["| runs | seeds | steps | seconds | " + " | ".join(keys) + " |", "|---" * (len(keys) + 4) + "|"]
     for name, group in groups.items():

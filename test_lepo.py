@@ -36,8 +36,8 @@ PROMPTS = [[5, 6, 7], [8], [3, 4, 5, 6, 9, 10]]  # of different lengths
 def settings(**changed):
     """What the functions of lepo.py read of its arguments; nothing is filtered."""
     values = dict(
-        tau=0.5, noise="gumbel", estimator="soft", temperature=1.0, top_k=0, top_p=1.0, latent_steps=3,
-        max_new_tokens=6, clip=0.2, kl_coef=0.0, micro_batch=64, updates_per_batch=1, device="cpu",
+        tau=0.5, noise="gumbel", estimator="soft", temperature=1.0, top_k=0, top_p=1.0, filter="all",
+        latent_steps=3, max_new_tokens=6, clip=0.2, kl_coef=0.0, micro_batch=64, updates_per_batch=1, device="cpu",
     )  # fmt: skip
     return SimpleNamespace(**values | changed)
 
@@ -126,7 +126,7 @@ def test_heaviest_candidate_is_a_draw_from_the_policy(tau):
 def watch(monkeypatch):
     """-> list that collects (logits, embeddings fed) of every step of the next rollout"""
     seen, support, feed = [], lepo.support, common.Decoder.feed
-    monkeypatch.setattr(lepo, "support", lambda logits, args: seen.append([logits.clone()]) or support(logits, args))
+    monkeypatch.setattr(lepo, "support", lambda a, *of: seen.append([a.clone()]) or support(a, *of))
     monkeypatch.setattr(common.Decoder, "feed", lambda self, e: seen[-1].append(e.clone()) or feed(self, e))
     return seen
 

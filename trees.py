@@ -34,16 +34,16 @@ import torch.nn.functional as F
 import transformers
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import tiny
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 1. Problems. A tree is a list of nodes, level by level: the children of node i are i * branching + 1, + 2, … As in
-#    tiny.py a problem is addressed by an index, and its text alone decides whether it is held out.
-
-
+# --- 1. Problems. As in tiny.py one is addressed by an index, and its text alone decides whether it is held out -------
 def random_problem(rng, depth, branching, exits):
-    """-> edges (parent, child) of both trees, shuffled; entrance; exits, shuffled"""
+    """-> edges (parent, child) of both trees, shuffled; entrance; exits, shuffled
+
+    A tree is a list of nodes, level by level: the children of node i are i * branching + 1, + 2, …
+    """
     inner = sum(branching**level for level in range(depth))  # nodes above the leaves
     size = inner + branching**depth
     nodes = rng.sample(range(tiny.LARGEST + 1), 2 * size)
@@ -83,15 +83,18 @@ def is_held_out(problem):
     return zlib.crc32(problem_text(*problem).encode()) % 8 == 0
 
 
-def make_problem(index, split="train", seed=0, kind="2,2,4"):
-    """Problem `index` of the unlimited stream named by (split, seed, kind); kind: depth, branching, number of exits.
+def read_kind(text):
+    """`2,2,4` -> (2, 2, 4): depth, branching, number of exits. ValueError: not three, or too few names or leaves"""
+    depth, branching, exits = map(int, text.split(","))
+    random_problem(random.Random(0), depth, branching, exits)
+    return depth, branching, exits
 
-    ValueError: the kind is not three numbers, the 50 node names are too few, or the other tree has too few leaves.
-    """
-    rng = random.Random(f"trees {split} {seed} {kind} {index}")
-    depth, branching, exits = map(int, kind.split(","))
+
+def make_problem(index, split="train", seed=0, kind="2,2,4"):
+    """Problem `index` of the unlimited stream named by (split, seed, kind)."""
+    rng, sizes = random.Random(f"trees {split} {seed} {kind} {index}"), read_kind(kind)
     while True:
-        problem = random_problem(rng, depth, branching, exits)
+        problem = random_problem(rng, *sizes)
         if is_held_out(problem) == (split == "test"):
             return problem
 
@@ -105,13 +108,8 @@ def demonstration(rng, edges, entrance, exits):
     return f" {' '.join(map(str, walk))} </think> {answer}<eos>"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 2. The model: tiny.py's tokenizer and a small Qwen3, whose normalised queries and keys learn to look edges up sooner.
-
-
+# --- 2. The model: tiny.py's tokenizer, and a Qwen3, whose normalised queries and keys learn sooner to look edges up --
 def build_model(seed):
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=len(tiny.VOCABULARY), hidden_size=128, intermediate_size=256, num_hidden_layers=3,
@@ -143,18 +141,18 @@ def separate_walks(length, prompt, walks):
     return position[None], mask[None, None]
 
 
-def pretrain(model, tokenizer, kind, args):
+def pretrain(model, tokenizer, args):
     """Many walks for a problem say more about its edges. In the first part of the training a walk sees those before it:
     to repeat one of them is a first look-up, and easier than the one in the list of edges."""
     rng = random.Random(f"trees {args.seed}")
     matrices = [w for name, w in model.named_parameters() if w.ndim == 2 and "embed" not in name]
-    others = [w for name, w in model.named_parameters() if w.ndim == 1 or "embed" in name]
+    others = [w for name, w in model.named_parameters() if w.ndim == 1 or "embed" in name]  # Muon is for matrices
     optimizers = [torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.1),
                   torch.optim.AdamW(others, lr=0.15 * args.lr, betas=(0.9, 0.95), weight_decay=0.1)]  # fmt: skip
     decay = [LambdaLR(o, lambda i: min((i + 1) / 30, (args.steps - i) / args.steps)) for o in optimizers]
     bar = tqdm(range(args.steps), desc="pretraining", unit="step", disable=None)
     for step in bar:
-        ids, prompt = training_batch(tokenizer, rng, kind, args.batch_size, args.walks)
+        ids, prompt = training_batch(tokenizer, rng, args.kind, args.batch_size, args.walks)
         position, mask = separate_walks(ids.shape[1], prompt, args.walks)
         if step < args.steps * 7 // 24 and not args.start:
             position, mask = torch.arange(ids.shape[1])[None], torch.ones_like(mask).tril()
@@ -178,7 +176,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--out", default=str(Path(__file__).parent / "tiny_trees"), help="folder to write (default: tiny_trees/)")
-    add("--kind", default="2,2,4", help="depth, branching, number of exits")
+    add("--kind", type=read_kind, default="2,2,4", help="depth, branching, number of exits")
     add("--start", help="a model to start from; default: random weights")
     add("--steps", type=int, default=2400, help="optimiser steps; fewer leave it unfinished")
     add("--batch_size", type=int, default=64, help="problems per step")
@@ -188,12 +186,10 @@ def main():
     args = parser.parse_args()
 
     transformers.logging.disable_progress_bar()
-    began, kind = time.time(), tuple(map(int, args.kind.split(",")))
-    make_problem(0, kind=args.kind)  # an impossible kind ends here
-    tokenizer = tiny.build_tokenizer()
-    model = transformers.AutoModelForCausalLM.from_pretrained(args.start) if args.start else build_model(args.seed)
+    began, tokenizer = time.time(), tiny.build_tokenizer()
+    model = AutoModelForCausalLM.from_pretrained(args.start) if args.start else build_model(args.seed)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tiny.VOCABULARY)} tokens")
-    pretrain(model, tokenizer, kind, args)
+    pretrain(model, tokenizer, args)
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     print(f"wrote {args.out} in {(time.time() - began) / 60:.1f} minutes")
