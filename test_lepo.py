@@ -255,8 +255,7 @@ def test_what_the_docstring_says_of_the_four_scores(tau):
         assert abs(squares[name].mean() - value) <= 5 * squares[name].std() / math.sqrt(n) + 1e-9, name
     assert squares["soft"].mean() < squares["hard"].mean()
     for i in range(5):  # hard is concrete given the argmax
-        chosen = weights.argmax(-1) == i
-        assert is_zero_on_average(score["concrete"][chosen] - score["hard"][chosen])
+        assert is_zero_on_average((score["concrete"] - score["hard"])[weights.argmax(-1) == i])
     for h in (weights[:, 0], weights[:, 1] ** 2):  # concrete is gumbel given the mixture
         assert is_zero_on_average(h[:, None] * (score["concrete"] - score["gumbel"]))
 
