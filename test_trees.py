@@ -187,9 +187,21 @@ def test_text_drawn_from_the_full_softmax_has_no_drift():
     assert lepo.support(logits, args, is_latent=True)[0].shape == (1, 3)
 
 
+def test_a_rollout_filters_latents_and_not_text(lm):
+    """With top_k 1 all rollouts of a prompt are equal; with --filter latent their latents are, and their texts differ."""
+    problems = common.take_problems(lepo.parse_args(["--data", "trees"]), "test", 0, 4)
+    prompts = [common.encode_prompt(lm.tokenizer, problem) for problem in problems]
+    for chosen in ("all", "latent"):
+        args = lepo.parse_args(["--data", "trees", "--top_k", "1", "--filter", chosen])
+        roll = lepo.rollout(lm, prompts, 8, args, torch.Generator().manual_seed(0), 3)
+        tokens = roll.tokens.view(4, 8, -1)
+        assert (tokens[:, :, :3] == tokens[:, :1, :3]).all() and (roll.weights[:, :3] == 1).all()
+        assert (tokens == tokens[:, :1]).all() == (chosen == "all")
+
+
 def test_thoughts_are_looked_into(tmp_path, lm, capsys):
     for name, flags in (("grpo", ["--latent_steps", "0"]), ("lepo", [])):
-        lepo.main([*QUICK, *flags, "--out", str(tmp_path / f"{name}-seed0")])
+        lepo.main([*QUICK, "--eval_problems", "24", *flags, "--out", str(tmp_path / f"{name}-seed0")])
     capsys.readouterr()
     lines, picture = tmp_path / "lines.jsonl", tmp_path / "trees.png"
     folders = [str(tmp_path / "grpo-seed0"), str(tmp_path / "lepo-seed0")]
@@ -198,7 +210,7 @@ def test_thoughts_are_looked_into(tmp_path, lm, capsys):
     grpo, run = map(json.loads, lines.read_text().splitlines())
     assert "held" not in grpo and "| held |" in printed and picture.stat().st_size > 10_000
     args, held, right = lepo.parse_args(QUICK), [], []
-    for i in range(8):  # the shipped model's thoughts, one by one and as words
+    for i in range(24):  # the shipped model's thoughts, one by one and as words
         problem = common.take_problems(args, "test", i, 1)[0]
         roll = lepo.rollout(lm, [common.encode_prompt(lm.tokenizer, problem)], 1, args, None, 3, noise_free=True)
         words = [lm.tokenizer.decode([k]).strip() for k in roll.ids[0, 2].tolist()]
@@ -208,7 +220,8 @@ def test_thoughts_are_looked_into(tmp_path, lm, capsys):
         if i == 5:
             assert run["thought"]["before"]["latents"][2] == pytest.approx(weights, abs=1e-5)
             assert run["thought"]["answer"] == problem.answer
-    assert run["held_before"] == pytest.approx(sum(held) / 8) and run["greedy_before"] == pytest.approx(sum(right) / 8)
+    assert run["held_before"] == pytest.approx(sum(held) / 24, abs=1e-4)
+    assert run["greedy_before"] == pytest.approx(sum(right) / 24, abs=1e-4)
     kept = [r for r, h in zip(right, held, strict=True) if h]
     assert run["right_held_before"] == pytest.approx(sum(kept) / len(kept), abs=1e-4)
     plot_trees.main([str(lines), "--figure", str(picture)])
