@@ -188,7 +188,7 @@ def test_text_drawn_from_the_full_softmax_has_no_drift():
 
 
 def test_a_rollout_filters_latents_and_not_text(lm):
-    """With top_k 1 all rollouts of a prompt are equal; with --filter latent their latents are, and their texts differ."""
+    """With top_k 1 all rollouts of a prompt are equal; with --filter latent their latents are, and texts differ."""
     problems = common.take_problems(lepo.parse_args(["--data", "trees"]), "test", 0, 4)
     prompts = [common.encode_prompt(lm.tokenizer, problem) for problem in problems]
     for chosen in ("all", "latent"):
