@@ -1,6 +1,6 @@
 r"""DeepLatent Reasoning, DLR (arXiv 2601.17275), in one file. No other public code was found.
 
-    python dlr.py                               # a frozen tiny model on a laptop CPU, a minute or two
+    python dlr.py                               # a frozen chains model on a laptop CPU, a minute or two
     python dlr.py --policy prompt               # a control: one learned prompt for all problems
     python dlr.py --model Qwen/Qwen2.5-1.5B-Instruct --assistant Qwen2.5-0.5B          # GSM8K, one GPU
 
@@ -41,7 +41,7 @@ What the paper leaves open, and what is done here:
   8. Numbers of the paper: 55.4 on GSM8K against GRPO's 46.2, 18 % decoded at no loss, 4.7 points from (6) on MATH; one
      run each. README says what of it is seen in small.
 
-Why words? The tiny main model was pretrained with notes in half of its prompts: behind `mind+` it forgets no carry.
+Why words? The chains main model was pretrained with notes in half of its prompts: behind `mind+` it forgets no carry.
 Mixtures of words often contain such a note: before training .36 of the groups have right and wrong answers. Gaussian
 noise in embedding space hardly ever comes near one: .05 to .08.
 """
@@ -57,11 +57,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import common
+import engine as common
 
-# --- 1. Flags: the method's are the paper's where it gives them, sizes are for one GPU; TINY is for the tiny model ----
+# --- 1. Flags: the method's are the paper's where it gives them, sizes are for one GPU; TINY is for the chains model --
 TINY = dict(
-    assistant="tiny", data="tiny", latent_dim=32, max_new_tokens=40, steps=100, eval_problems=512, eval_every=10,
+    assistant="chains", data="chains", latent_dim=32, max_new_tokens=40, steps=100, eval_problems=512, eval_every=10,
     micro_batch=32,  # all prompts of a step
     kind="single",  # chains of one sign, each of which one note would help
     latent_steps=4,  # with six, the other latents drown the right word
@@ -74,7 +74,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         prog="dlr.py", usage=argparse.SUPPRESS, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="DeepLatent Reasoning: an assistant whispers to a frozen model. The first page explains it.",
-        epilog=f"The tiny model has defaults of its own: {TINY}",
+        epilog=f"The chains model has defaults of its own: {TINY}",
     )  # fmt: skip
     add, at_least = parser.add_argument, common.at_least
     add("--assistant", default="Qwen2.5-0.5B", help="the model that learns to write latents; --model is frozen")
@@ -398,7 +398,7 @@ def evaluate(policy, problems, args, full):
         controls = {"averaged": mu.mean(0, keepdim=True).expand_as(mu), "swapped": mu.roll(1, 0)}
         scores |= {name: common.mean(accuracy(name, z)[0]) for name, z in controls.items()}
         scores["no_latents"] = common.mean(accuracy("no latents", mu[:, :, :0])[0])
-        if args.data == "tiny" and args.kind != "mixed":  # where one note fits a problem
+        if args.data == "chains" and args.kind != "mixed":  # where one note fits a problem
             note = right_note(main_lm, mine, args)
             scores["right_note"] = common.mean(accuracy("right note", note, embed=lambda embeds: embeds)[0])
     return {key: round(value, 4) for key, value in scores.items()}

@@ -1,6 +1,6 @@
 r"""Latent-GRPO (arXiv 2604.27998): RL of a model that thinks in few, dense latents. Read lepo.py first.
 
-    python latent_grpo.py                                    # the tiny latent model, on a laptop CPU: two minutes
+    python latent_grpo.py                                    # the chains_latent model, on a laptop CPU: two minutes
     python latent_sft.py --model Qwen2.5-0.5B --out sft      # GSM8K, one GPU: first a model learns to think in latents,
     python latent_grpo.py --model sft/model                  # then RL; several GPUs: torchrun, as with lepo.py
 
@@ -23,13 +23,13 @@ At step t the model has seen the prompt q and the embeddings e_<t; l_k = log pi_
        rho_t = exp(L_t(theta) - L_t(theta_old)).  E and head are frozen, w is a constant.
 
 Why one-sided: the slope of f(d_k) in l_k is 1 - exp(-d_k), so a candidate with a negative margin d_k is pushed the
-wrong way round, down by a right rollout. With two-sided noise this happens to a third of them (tiny model: .36). The
+wrong way round, down by a right rollout. With two-sided noise this happens to a third of them (chains: .36). The
 + 1.5 is the same for all candidates: it changes no mixture and no rollout, but leaves no margin negative.
 
-What the mean over K costs: a right rollout pushes each candidate up by nearly the same (.78 of c_k, tiny model, sigma
+What the mean over K costs: a right rollout pushes each candidate up by nearly the same (.78 of c_k, on chains, sigma
 1), whatever its weight, and a wrong one down. That tells little about which mixture was good, and flattens the policy.
 With `--surrogate weighted`, c_k = w_k, the push is w - pi, LEPO's soft label, where the K hold all the mass, one-sided
-or not: w_k exp(-d_k) is pi_k / sum_j exp(s_j). The tiny model learns with it. test_latent_grpo.py proves both.
+or not: w_k exp(-d_k) is pi_k / sum_j exp(s_j). The chains model learns with it. test_latent_grpo.py proves both.
 
 A real vocabulary: noise, nucleus and draws live on the 256 likeliest tokens, whose l_k are those of the full softmax.
 So a step costs one top-k and one logsumexp over the vocabulary, and no sort; what is less likely is never drawn.
@@ -53,14 +53,14 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-import common
+import engine as common
 
-# --- 1. Flags: the method's are the paper's; TINY is for the tiny model, with what was measured on it -----------------
+# --- 1. Flags: the method's are the paper's; TINY is for the chains model, with what was measured on it ---------------
 
 CLIP = -1.5, 3.0  # of the noise in (1)
 LIKELIEST = 256  # tokens that noise can lift into a mixture or a text
 TINY = dict(
-    data="tiny", max_new_tokens=16, eval_problems=512, steps=400, save_every=50, micro_batch=256,
+    data="chains", max_new_tokens=16, eval_problems=512, steps=400, save_every=50, micro_batch=256,
     think_text="", exit_text=" </think>",  # its problems end in <think> already; its words carry their space
     lr=3e-4,  # 1.5e-4 is slower, 6e-4 ends in a collapse
     surrogate="weighted",  # from .56 to .80 in 100 steps; mean: to .57, at the best of three rates
@@ -74,7 +74,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         prog="latent_grpo.py", usage=argparse.SUPPRESS, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Latent-GRPO: RL of a model that latent_sft.py made. The first page of the file explains it.",
-        epilog=f"The tiny model has defaults of its own: {TINY}",
+        epilog=f"The chains model has defaults of its own: {TINY}",
     )  # fmt: skip
     add, at_least = parser.add_argument, common.at_least
     add("--noise", default="one_sided", choices=["one_sided", "two_sided"], help="(1) with or without the + 1.5")
@@ -90,7 +90,7 @@ def parse_args(argv=None):
     add("--think_text", default="<think>", help="what the prompt ends with")
     add("--exit_text", default="</think>", help="its first token ends a thought")
     common.add_shared_flags(parser)
-    parser.set_defaults(model="tiny_latent", max_new_tokens=128)
+    parser.set_defaults(model="chains_latent", max_new_tokens=128)
     return common.parse_args(parser, argv, TINY)
 
 

@@ -1,9 +1,9 @@
 r"""Latent SFT, the first stage of Latent-GRPO (arXiv 2604.27998): teach a model to think in few, dense latents.
 
-    python latent_sft.py                                     # the tiny model, on a laptop CPU: five minutes
+    python latent_sft.py                                     # the chains model, on a laptop CPU: five minutes
     python latent_sft.py --model Qwen2.5-0.5B --out sft      # GSM8K's equations, one GPU; several: torchrun, as lepo.py
     python latent_grpo.py --model sft/model                  # the second stage, RL, starts from what this has saved
-    (There, a model whose path says tiny, as runs/latent_sft-tiny-… does, gets the tiny model's flags.)
+    (There, the model of a run on chains, as runs/latent_sft-chains-…/model, gets the chains model's flags.)
 
 lepo.py takes a model as it is and mixes the tokens that it would write anyway, one after the other. Here the model
 learns a denser way: a latent stands for several words at once, a thought is a few latents long, and the model itself
@@ -34,7 +34,7 @@ Embeddings and head are frozen: the space of latents stands still while the mode
 Differences from the official code (github.com/DJC-GO-SOLO/Latent-SFT), and why:
   1. Labels. There, an encoder writes the latents, such that a decoder can tell each next chunk from the one latent
      before it, and the answer from all; three more trainings. Here a chunk's own tokens: nothing to train, and better
-     on the tiny model (.543 against .344 after 600 steps, results/README.md). For large models nobody has compared.
+     on the chains model (.543 against .344 after 600 steps, results/README.md). For large models nobody has compared.
   2. Chunks there have 2 tokens (GSM8K) or 16, the first one too.
   3. LoRA adapters there; here all weights but embeddings and head.
   4. The noise has its full scale from the first step on there. It is drawn again where the exit token comes out as the
@@ -53,18 +53,18 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import common
-import tiny
+import engine as common
+from tasks import chains
 
-# --- 1. Flags: a batch is prompts_per_step worked solutions; TINY is for the tiny model -------------------------------
+# --- 1. Flags: a batch is prompts_per_step worked solutions; TINY is for the chains model -----------------------------
 
 CLIP = -1.5, 3.0  # of the noise in (2), when it has been scaled; latent_grpo.py scales what has been clipped
 TINY = dict(
-    data="tiny", max_new_tokens=16, eval_problems=512, eval_every=300, save_every=300, micro_batch=64,
+    data="chains", max_new_tokens=16, eval_problems=512, eval_every=300, save_every=300, micro_batch=64,
     think_text="",  # its problems end in <think> already
     exit_text=" </think>",
     chunk=6,  # the tokens of one step, `17 + 5 = 12 ;`
-    steps=1800, prompts_per_step=128, lr=2e-3,  # those of its pretraining, nearly: finished or useless, as tiny.py says
+    steps=1800, prompts_per_step=128, lr=2e-3,  # those of its pretraining, nearly: finished or useless: chains.py
 )  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         prog="latent_sft.py", usage=argparse.SUPPRESS, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Latent SFT: a model learns to think in latents. The first page of the file explains it.",
-        epilog=f"The tiny model has defaults of its own: {TINY}",
+        epilog=f"The chains model has defaults of its own: {TINY}",
     )  # fmt: skip
     add, at_least = parser.add_argument, common.at_least
     add("--chunk", type=at_least(1), default=8, help="tokens that a latent stands for; the first one for half as many")
@@ -95,7 +95,7 @@ def worked(problem, args, rng):
     The built-in task's student writes both, and may be wrong. GSM8K's equations stand as <<48/2=24>> in its prose.
     """
     if problem.form == "think":
-        solution = tiny.demonstration(rng, *tiny.read_chain(problem.question))
+        solution = chains.demonstration(rng, *chains.read_chain(problem.question))
         thought, _, answer = solution.removesuffix("<eos>").partition(" </think>")
         return thought, answer
     return " ".join(re.findall(r"<<[^<>]+>>", problem.solution)), f"\\boxed{{{problem.answer}}}"

@@ -1,399 +1,393 @@
-r"""LEPO, Latent Reasoning Policy Optimization (arXiv 2604.17892), in one file that is read from the top to the bottom.
+r"""LEPO, Latent Reasoning Policy Optimization (arXiv 2604.17892), in one file to read from the top.
 
-    python lepo.py                              # the tiny model on a laptop CPU, about a minute
-    python lepo.py --data trees                 # a task on which soft tokens are worth more than words (trees.py)
-    python lepo.py --model Qwen2.5-0.5B         # GSM8K, one GPU; several: torchrun --nproc_per_node=8 lepo.py …
-    python lepo.py --latent_steps 0             # the baseline: plain GRPO, exactly
+    python lepo.py                           # a tiny model learns on a laptop CPU, about a minute
+    python lepo.py --task trees              # where soft tokens are worth more than words
+    python lepo.py --latent_steps 0          # the baseline: plain GRPO, exactly
+    python lepo.py --model Qwen2.5-0.5B      # GSM8K on one GPU; torchrun --nproc_per_node=8 lepo.py
+    python lepo.py --model runs/X/model --ask "16 + 5 - 9"      # see a trained model think
 
-A language model usually thinks in words: at every step it commits to one token. LEPO lets it think its first
-`latent_steps` steps in *soft tokens*, random mixtures of token embeddings, and only then write text. The mixtures come
-from a Gumbel-Softmax, so the rollouts of one prompt explore different latent thoughts. A verifier reads the text, and
-one policy gradient, the same formula at latent and at text steps, makes the better thoughts likelier.
+A language model usually thinks in words: at every step it commits to one token. LEPO lets it think
+its first `latent_steps` steps in *soft tokens* and only then write text. A soft token is a random
+mixture of token embeddings. It is drawn with Gumbel noise, so the rollouts of one prompt explore
+different latent thoughts. A verifier reads the text and pays 1 or 0. Then one policy gradient, with
+the same formula at latent and at text steps, makes the thoughts and the texts of the better
+rollouts likelier.
 
-At step t the model has seen the prompt q and the embeddings e_<t. It gives logits a_t over the vocabulary.
+At step t the model has seen the prompt q and the embeddings e_<t. It gives logits a_t over the
+vocabulary. pi_t = softmax(a_t) is its policy.
 
-  (1)  support:         C_t = top-k, then top-p of softmax(a_t / T);  l_k = log-probability of k, renormalised on C_t
-  (2)  soft token:      z_t = softmax((l + g) / tau),  g_k ~ Gumbel(0, 1) iid
-       A discrete token is the limit tau -> 0: all weight on argmax(l + g), which is an exact draw from softmax(l).
-  (3)  next input:      e_t = sum_k z_tk E[k]
-  (4)  advantage:       A_i = (r_i - mean_group r) / (std_group r + 1e-4),  r_i = 1 if the verifier accepts, else 0
-  (5)  log-probability: L_t(theta) = sum_k z_tk log pi_theta(k | q, e_<t),  pi_theta = softmax(a_t / T), unfiltered
-  (6)  objective:       J = 1/(steps of the batch) sum_it [min(rho_t A_i, clip(rho_t, 1-eps, 1+eps) A_i) - beta KL_t],
-       rho_t = exp(L_t(theta) - L_t(theta_old)),  KL_t = (L_t(theta) - L_t(ref))^2 / 2,  ref: the model at the start
+  (1)  candidates:      C_t = the top_k tokens of pi_t, cut to the fewest whose mass reaches top_p
+  (2)  soft token:      z_t = softmax((a_t + g) / tau) on C_t,  g_k ~ Gumbel(0, 1) iid
+       A text step draws one token from pi_t. Its z_t is one-hot, as in (2) for tau -> 0.
+  (3)  next input:      e_t = sum_k z_tk E[k],  E: the embeddings of the tokens
+  (4)  advantage:       A_i = (r_i - mean r) / (std r + 1e-4),  r: the rewards of a group
+  (5)  log-probability: L_t = sum_k z_tk log pi_t(k)
+  (6)  objective:       J = sum_it A_i L_it / (number of steps of the batch)
 
-(5) is the paper's unification: the executed mixture is a soft label. Its gradient with respect to a_t / T is
-z_t - pi_t, and with a one-hot z_t it is the log-probability of an ordinary token.
+(5) is the paper's unification. The mixture that was executed is a soft label: the gradient of L_t
+with respect to the logits a_t is z_t - pi_t. For a one-hot z_t that is the gradient of an ordinary
+token's log-probability. Nothing is differentiated through the sampling, or through time.
 
-What (5) is and is not. For tau > 0 it is not the log of a density: its gradient has mean E[z] - pi, not 0, so the
-policy gradient is biased. On small vocabularies its direction is nearly right (cosine > .99 for smooth rewards), and
-it is too short: by a factor of 0.8 at tau .3. The exact densities (`--estimator concrete|gumbel`) are unbiased; they
-pay about one unit of variance per candidate, however improbable it is. test_lepo.py proves each statement.
+What (5) is and is not. For tau > 0 it is not the log of a density: its gradient has the mean
+E[z] - pi and not 0, so the policy gradient is biased. On small vocabularies its direction is nearly
+right (cosine above .99 for smooth rewards) and it is too short, by a factor of 0.8 at tau .3. The
+exact density of z is unbiased, but each candidate adds about one unit of variance, however
+improbable it is. test_lepo.py proves these statements, in the order of this file.
 
-Differences from the official code (github.com/YuyanZhou/lepo, a TRL 0.21 trainer), and why:
-  1. The text of a latent step is the heaviest candidate of what was executed; there, the noise-free argmax.
-  2. The verifier wants the answer in \boxed{}. There, math-verify also takes "the answer is 42".
-  3. Latent steps have the ratio of (6), a z-weighted geometric mean of token ratios. There, they have none.
-  4. Old and reference log-probabilities are those of the executed mixtures; there, of the tokens that stand for them.
-  5. KL, off by default like there, is KL_t of (6), whose mean gradient at unfiltered text steps is the KL's; there, k3.
-  6. One loss denominator for the batch; there, a mean per rollout, which gives steps of short rollouts more weight.
-  7. e_t is rebuilt in the graph with z_t constant, so E learns as an input too; there, e_t is a constant.
-  8. (5) has T at all steps; there, latent steps have T = 1.
-Like there, (5) takes the full softmax although (1) samples from a filtered one. At text steps this drives up words that
-are never drawn, wherever the model has to guess and is often wrong; `--filter latent` draws text from the full softmax.
+The code follows the paper and its authors' code (github.com/YuyanZhou/lepo, a trainer on TRL).
+Where it departs from that code, a comment that begins with "Official code" says so, and why.
 """
 
-import argparse
-import math
 import time
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
+from transformers import DynamicCache
 
 import common
+import tasks
+from tasks import prompts, settings
 
-# --- 1. Flags: the method's are the paper's (its Qwen2.5-3B run); TINY is for the tiny model --------------------------
-TINY = dict(
-    data="tiny", max_new_tokens=40, eval_problems=512, eval_every=10, micro_batch=32,
-    latent_steps=12,  # an operation takes six tokens, so the first two operations of two to five are latent
-    tau=0.5,  # within the paper's .3 to .6
-    lr=3e-4,  # the best of 1e-4, 3e-4, 6e-4: a small model takes larger steps
-)  # fmt: skip
-TREES = TINY | dict(
-    model="tiny_trees", data="trees", kind="2,2,4", max_new_tokens=8, eval_problems=1024, steps=150, lr=2e-4,
-    latent_steps=3, tau=20, top_k=6, top_p=0.995,  # a walk; breadth: all nodes in reach, with nearly equal weights
-    filter="latent",  # else unlucky guesses drift to words that are no answer
-)  # fmt: skip
+# --- 1. Settings ----------------------------------------------------------------------------------
+# The defaults are the paper's, from its run with Qwen2.5-3B. A built-in task needs others.
+PRESETS = {
+    "chains": dict(
+        model="chains",
+        kind="mixed",  # signs
+        latent_steps=12,  # an operation takes six tokens: the first two of two to five are latent
+        max_new_tokens=40,
+        tau=0.5,  # within the paper's .3 to .6
+        lr=3e-4,  # the best of 1e-4, 3e-4, 6e-4: a small model takes larger steps
+        eval_problems=512,
+    ),
+    "trees": dict(
+        model="trees",
+        kind="2,2,4",  # depth, branching, exits
+        latent_steps=3,  # a walk: entrance, child, leaf
+        max_new_tokens=8,
+        tau=20.0,  # all nodes in reach weigh nearly the same
+        top_k=6,  # in reach are four leaves at most
+        top_p=0.995,
+        lr=2e-4,
+        steps=150,
+        eval_problems=1024,
+    ),
+}
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="lepo.py", usage=argparse.SUPPRESS, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="LEPO and, with --latent_steps 0, GRPO. The first page of the file explains both.",
-        epilog=f"The tiny models have defaults of their own: {TINY}; with --data trees {TREES}",
-    )  # fmt: skip
-    add, at_least = parser.add_argument, common.at_least
-    add("--latent_steps", type=at_least(0), default=64, help="soft tokens before the text; 0 is plain GRPO")
-    add("--tau", type=at_least(1e-3, float), default=0.3, help="of (2); smaller is nearer to discrete tokens")
-    add("--noise", default="gumbel", choices=["gumbel", "none"], help="none: latent steps are deterministic")
-    add("--estimator", default="soft", choices=["soft", "concrete", "gumbel", "none"], help="of latent steps: (5), an "
-        "exact density, or none: only text is trained")  # fmt: skip
-    add("--temperature", type=at_least(1e-3, float), default=1.0, help="T of (1)")
-    add("--top_k", type=at_least(0), default=30, help="candidates in (1); 0: all of a small vocabulary")
-    add("--top_p", type=at_least(1e-3, float), default=0.95, help="probability mass in (1)")
-    add("--filter", default="all", choices=["all", "latent"], help="steps at which top_k and top_p hold")
-    add("--updates_per_batch", type=at_least(1), default=1, help="passes over a batch; from the second on, (6) clips")
-    add("--clip", type=at_least(0, float), default=0.2, help="eps of (6)")
-    add("--kl_coef", type=at_least(0, float), default=0.0, help="beta of (6); above 0 keeps a second model")
-    common.add_shared_flags(parser)
-    args = common.parse_args(parser, argv, TINY, TREES)
+    about = "LEPO and, with --latent_steps 0, GRPO. The first page of the file explains both."
+    parser = settings.make_parser("lepo.py", about, PRESETS)
+    number, add = parser.add_number, parser.add_argument
+    number("latent_steps", 64, 0, "soft tokens before the text; 0 is plain GRPO")
+    number("tau", 0.3, 1e-3, "of (2); smaller is nearer to discrete tokens")
+    number("top_k", 30, 1, "most candidates of a soft token, in (1)")
+    number("top_p", 0.95, 1e-3, "probability mass of the candidates, in (1)")
+    add("--noise", default="gumbel", choices=["gumbel", "none"], help="of soft tokens, in (2)")
+    add("--text_only", action="store_true", help="latent steps run, but only text is trained")
+    args = settings.parse_args(parser, PRESETS, argv)
     if args.latent_steps >= args.max_new_tokens:
-        parser.error("--latent_steps must be below --max_new_tokens: there has to be room for text")
-    if args.noise == "none" and args.estimator in ("concrete", "gumbel"):
-        parser.error(f"--estimator {args.estimator} is the density of noise: it needs --noise gumbel")
+        parser.error("--latent_steps must be below --max_new_tokens: text needs room")
+    if args.latent_steps == 0:
+        args.top_k = 1  # K: a discrete token has one candidate
     return args
 
 
-# --- 2. The soft token, (1) and (2): only K candidates, in float32; topk alone sees the vocabulary --------------------
-def support(logits, args, is_latent=True):
-    """Equation (1). logits (B, V) -> candidates (B, K) and their log-probabilities (B, K), descending, -inf outside.
+# --- 2. The soft token: equations (1) and (2) -----------------------------------------------------
+# Two functions turn the logits of a step into what is executed: ids (B, K) and weights (B, K) that
+# sum to 1. One does it for a latent step, the other for a text step, and nothing behind them has to
+# know which it was. The weights are constants from here on.
+# The noise is what makes the thoughts of one prompt differ. Without it (--noise none) all rollouts
+# of a group think the same, and a reward cannot tell a good thought from a bad one.
+def candidates(logits, args):
+    """Equation (1): logits (B, V) -> ids (B, K), log-probabilities (B, K)
 
-    The smallest set whose mass reaches top_p survives: .6, .3, .1 at top_p .8 keep two, renormalised to .67 and .33.
+    In descending order, and -inf for what is cut: of .6, .3, .1 at top_p .8 two candidates stay.
     """
-    top_k, top_p = (args.top_k, args.top_p) if is_latent or args.filter == "all" else (0, 1)
-    values, candidates = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]), dim=-1)  # (B, K)
-    values = values.float() / args.temperature  # (B, K)
-    probs = values.softmax(-1)  # (B, K)
-    outside = probs.cumsum(-1) - probs >= top_p  # (B, K) the mass before a candidate already reaches top_p
-    return candidates, values.masked_fill(outside, -math.inf).log_softmax(-1)
+    values, ids = logits.topk(args.top_k, dim=-1)  # (B, K)
+    log_probs = values.float().log_softmax(-1)  # (B, K)
+    probs = log_probs.exp()  # (B, K)
+    mass_before = probs.cumsum(-1) - probs  # (B, K) what the likelier candidates hold together
+    return ids, log_probs.masked_fill(mass_before >= args.top_p, -torch.inf)
 
 
-def gumbel_noise(like, generator):
-    """-log Exp(1) is Gumbel(0, 1). Some platforms can draw an exact 0, which would become infinite noise."""
-    exponential = torch.empty_like(like).exponential_(generator=generator)
-    return -exponential.clamp_(min=torch.finfo(torch.float32).tiny).log()
+def soft_token(logits, args, noise_free):
+    """Equation (2): logits (B, V) -> ids (B, K), weights (B, K)
 
-
-def soft_token(candidates, log_probs, gumbel, tau):
-    """Equation (2), at tau 0 its limit. All (B, K) -> ids, weights and scores l + g, (B, K) each; (B, 1) at tau 0.
-
-    Weights are constants from here on: the gradient is that of (5), not one through the sampling.
+    For probabilities .6 and .3, tau .5 and noise that happens to be 0 the weights are .8 and .2.
     """
-    scores = log_probs + gumbel  # (B, K)
-    if tau == 0:
-        best = scores.argmax(-1, keepdim=True)  # (B, 1)
-        return candidates.gather(-1, best), torch.ones_like(scores[:, :1]), scores.gather(-1, best)
-    return candidates, (scores / tau).softmax(-1), scores
+    ids, log_probs = candidates(logits, args)  # (B, K)
+    if args.noise == "gumbel" and not noise_free:
+        exponential = torch.empty_like(log_probs).exponential_()  # (B, K)
+        gumbel = -exponential.clamp(min=1e-30).log()  # (B, K); a platform may draw an exact 0
+        log_probs = log_probs + gumbel
+    return ids, (log_probs / args.tau).softmax(-1)
 
 
-# --- 3. Rollout, (3) --------------------------------------------------------------------------------------------------
-# Soft tokens, then discrete ones until an end token or the cap. What was executed is stored, for an exact replay.
-# lm.table is E. The decoder holds the KV cache and runs a prompt once for its G rollouts: .logits are those of step 0,
-# feed(embeddings) gives the next ones, keep(rows) drops the other rows.
+def text_token(logits, args, noise_free):
+    """An ordinary token in the form of a soft one: logits (B, V) -> ids (B, K), weights (B, K)
+
+    All its weight is in the first of K slots. It is drawn from the full softmax, which (5) scores.
+    Official code: (1) filters text too. Then (5) pushes up words that are never drawn, wherever the
+    model has to guess and is often wrong. test_lepo.py shows this drift.
+    """
+    if noise_free:
+        token = logits.argmax(-1, keepdim=True)  # (B, 1)
+    else:
+        token = logits.float().softmax(-1).multinomial(1)  # (B, 1)
+    weights = torch.zeros(len(logits), args.top_k, device=logits.device)  # (B, K)
+    weights[:, 0] = 1
+    return token.expand_as(weights), weights
+
+
+# --- 3. Rollout: equation (3) ---------------------------------------------------------------------
+# Soft tokens, then text, until an end token or the cap. What was executed is stored, so that the
+# update can replay it. The decoder holds the KV cache and runs a prompt once for all its rollouts.
 @dataclass
 class Rollout:
-    """N = P * G trajectories of at most T steps; row n continues prompt n // G."""
+    """N = P * G rollouts of at most T steps. Row n continues prompt n // G."""
 
     prompts: list  # P lists of token ids
-    group_size: int  # G
-    ids: torch.Tensor  # (N, T, K) candidates; a discrete token uses one slot
-    weights: torch.Tensor  # (N, T, K) z of (2), 0 in unused slots
-    scores: torch.Tensor  # (N, T, K) l + g of (2), -inf in unused slots
-    tokens: torch.Tensor  # (N, T) the heaviest candidate of each step, which stands for it in the text
+    ids: torch.Tensor  # (N, T, K) the candidates of each step
+    weights: torch.Tensor  # (N, T, K) z: one-hot at text steps, 0 after the end
+    tokens: torch.Tensor  # (N, T) the heaviest candidate, which stands for a step in the text
     length: torch.Tensor  # (N,) steps executed, the end token included
-    ended: torch.Tensor  # (N,) bool, by an end token and not by the cap
 
 
-def rollout(lm, prompts, group_size, args, generator, latent_steps, noise_free=False):
-    """G trajectories for each of P prompts -> Rollout
+def mix(embedding, ids, weights):
+    """Equation (3): embedding (V, D), ids and weights (…, K) -> (…, D), without a (…, K, D) tensor
 
-    noise_free: g is 0, so a soft token is softmax(l / tau), text is greedy, and all rollouts of a prompt are equal.
+    .62 of the token 21 and .38 of the token 11 make .62 E[21] + .38 E[11].
     """
-    slots = min(args.top_k or len(lm.table), len(lm.table)) if latent_steps else 1  # K
-    shape = len(prompts) * group_size, args.max_new_tokens, slots  # (N, T, K)
-    ids = torch.zeros(shape, dtype=torch.long, device=args.device)
-    weights = torch.zeros(shape, device=args.device)
-    scores = torch.full(shape, -math.inf, device=args.device)
-    tokens, length = torch.zeros_like(ids[:, :, 0]), torch.zeros_like(ids[:, 0, 0])  # (N, T), (N,)
-    ended = torch.zeros_like(length, dtype=torch.bool)  # (N,)
-    rows = torch.arange(shape[0], device=args.device)  # (B,) the trajectories that go on
-    stop_ids = torch.tensor(lm.stop_ids, device=args.device)
-    with torch.no_grad(), lm.autocast():
-        decoder = common.Decoder(lm, prompts, group_size, args.max_new_tokens)
+    mixed = F.embedding_bag(
+        ids.flatten(0, -2), embedding, per_sample_weights=weights.flatten(0, -2), mode="sum"
+    )
+    return mixed.unflatten(0, ids.shape[:-1])
+
+
+@torch.no_grad()
+def rollout(lm, prompts, group_size, latent_steps, args, noise_free=False):
+    """G rollouts for each of P prompts -> Rollout
+
+    noise_free: soft tokens without noise and greedy text. All rollouts of a prompt are then equal.
+    Official code: a latent step appears in the text as the likeliest token before noise, which was
+    not what the model executed.
+    """
+    shape = len(prompts) * group_size, args.max_new_tokens, args.top_k
+    ids = torch.zeros(shape, dtype=torch.long, device=args.device)  # (N, T, K)
+    weights = torch.zeros(shape, device=args.device)  # (N, T, K)
+    tokens = torch.zeros_like(ids[:, :, 0])  # (N, T)
+    length = torch.full_like(tokens[:, 0], args.max_new_tokens)  # (N,)
+    rows = torch.arange(len(length), device=args.device)  # (B,) the rollouts that go on
+    with lm.autocast():
+        decoder = common.Decoder(lm, prompts, group_size)
         logits = decoder.logits  # (N, V)
         for t in range(args.max_new_tokens):
-            is_latent = t < latent_steps
-            candidates, log_probs = support(logits, args, is_latent)  # (B, K) each
-            noisy = not noise_free and (args.noise == "gumbel" or not is_latent)
-            gumbel = gumbel_noise(log_probs, generator) if noisy else torch.zeros_like(log_probs)  # (B, K)
-            z_ids, z, z_scores = soft_token(candidates, log_probs, gumbel, args.tau if is_latent else 0)
+            sample = soft_token if t < latent_steps else text_token
+            z_ids, z = sample(logits, args, noise_free)  # (B, K)
             heaviest = z_ids.gather(-1, z.argmax(-1, keepdim=True)).squeeze(-1)  # (B,)
-            k = z.shape[1]
-            ids[rows, t, :k], weights[rows, t, :k], scores[rows, t, :k] = z_ids, z, z_scores
-            tokens[rows, t] = heaviest
-            ended[rows] = torch.isin(heaviest, stop_ids)
-            length[rows] = t + 1
-            going = (~ended[rows]).nonzero().squeeze(-1)  # (B',) of the B rows
-            if len(going) == 0 or t + 1 == args.max_new_tokens:
+            ids[rows, t], weights[rows, t], tokens[rows, t] = z_ids, z, heaviest
+
+            stops = torch.isin(heaviest, lm.stop_ids)  # (B,)
+            length[rows[stops]] = t + 1
+            if stops.all():
                 break
-            if len(going) < len(rows):
-                rows, z_ids, z = rows[going], z_ids[going], z[going]
-                decoder.keep(going)
-            logits = decoder.feed(common.mix_embeddings(lm.table, z_ids, z))  # equation (3), (B', V)
-    return Rollout(prompts, group_size, ids, weights, scores, tokens, length, ended)
+            if stops.any():  # rows that have ended leave the decoder
+                rows, z_ids, z = rows[~stops], z_ids[~stops], z[~stops]
+                decoder.keep(~stops)
+            embeds = mix(lm.embedding, z_ids, z)  # equation (3), (B, D)
+            logits = decoder.feed(embeds)  # (B, V)
+    return Rollout(prompts, ids, weights, tokens, length)
 
 
-# --- 4. Reward and advantages, (4) ------------------------------------------------------------------------------------
-# The verifier reads text and nothing else. A prompt that all or none of its rollouts solve teaches nothing.
-def score(lm, roll, problems):
-    """-> N texts; (P, G) strict rewards, for the form that was asked for; (P, G) flexible ones, for the last number"""
-    rows = zip(roll.tokens.tolist(), roll.length.tolist(), strict=True)
-    texts = lm.tokenizer.batch_decode([tokens[:length] for tokens, length in rows], skip_special_tokens=True)
-    pairs = [common.verify(text, problems[n // roll.group_size]) for n, text in enumerate(texts)]
-    strict, flexible = torch.tensor(pairs, device=roll.ids.device).T.reshape(2, len(problems), roll.group_size)
-    return texts, strict, flexible
+def texts_of(lm, roll):
+    """-> N texts, the thought included: a latent step is its heaviest candidate"""
+    executed = [tokens[:length] for tokens, length in zip(roll.tokens, roll.length, strict=True)]
+    return lm.tokenizer.batch_decode(executed, skip_special_tokens=True)
+
+
+# --- 4. Reward and advantages: equation (4) -------------------------------------------------------
+# The verifier reads text and nothing else. A group that is all right or all wrong teaches nothing.
+# Official code: math-verify also accepts an answer outside of \boxed{}. Here that is the flexible
+# reward, which is logged and not trained on. While the two differ, the model lacks the form.
+def rewards_of(lm, task, roll, problems):
+    """-> strict rewards (P, G) and flexible ones (P, G)"""
+    texts = texts_of(lm, roll)
+    group_size = len(texts) // len(problems)
+    verdicts = [task.verify(text, problems[n // group_size]) for n, text in enumerate(texts)]
+    verdicts = torch.tensor(verdicts, device=roll.ids.device)  # (N, 2)
+    return verdicts.view(-1, group_size, 2).unbind(-1)
 
 
 def group_advantages(rewards):
-    """Equation (4): rewards (P, G) -> advantages (P, G), with the unbiased standard deviation.
+    """Equation (4): rewards (P, G) -> advantages (P, G), with the unbiased standard deviation
 
-    Rewards 1, 1, 0, 0 give .87, .87, -.87, -.87. A single right rollout among four gets 1.5 and the others -.5: what
-    succeeds rarely is pushed harder.
+    Rewards 1, 1, 0, 0 give .87, .87, -.87, -.87. The only right rollout of four gets 1.5 and the
+    others -.5: what succeeds rarely is pushed harder. Equal rewards give exactly 0, because the
+    first is subtracted before anything is rounded: in float32 the mean of eight 7.7 is not 7.7.
     """
+    rewards = rewards - rewards[:, :1]  # a constant changes no advantage
     return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
 
 
-# --- 5. Log-probability, (5) ------------------------------------------------------------------------------------------
-# A forward pass over prompt and executed embeddings: the same logits as in the rollout, if the model is the same.
-def step_log_probs(log_p, weights, scores, is_latent, args):
-    """Equation (5) and its alternatives for latent steps: log pi of the candidates, z, l + g, all (M, K), (M,) -> (M,)
-
-    Gradient with respect to the logits of m candidates; w = softmax(l - tau log z), v = 1 - exp(l - scores), p = e^l:
-      soft      z - pi                  the paper: biased for tau > 0, least variance
-      concrete  1 - m w                 exact density of z (Maddison et al. 2017); E|.|^2 = m (m - 1) / (m + 1)
-      gumbel    v - p sum(v)            exact density of l + g (as in SofT-GRPO); E|v|^2 = m
-      none      0                       latent steps are executed, and only text is trained
-    """
-    soft = (weights * log_p).sum(-1)  # (M,) of a discrete token its log-probability, since its one weight is 1
-    if args.estimator == "soft":
-        return soft
-    inside = scores > -math.inf  # (M, K)
-    log_l = log_p.masked_fill(~inside, -math.inf).log_softmax(-1).masked_fill(~inside, 0)  # l of (1), 0 outside, (M, K)
-    scores = scores.masked_fill(~inside, 0)
-    if args.estimator == "none":
-        latent = torch.zeros_like(soft)
-    elif args.estimator == "gumbel":
-        latent = ((log_l - scores - (log_l - scores).exp()) * inside).sum(-1)
-    elif args.estimator == "concrete":  # from the scores: z itself would underflow
-        m, tau = inside.sum(-1), args.tau  # (M,), number
-        log_z = (scores / tau).masked_fill(~inside, -math.inf).log_softmax(-1).masked_fill(~inside, 0)  # (M, K)
-        pull = (log_l - tau * log_z).masked_fill(~inside, -math.inf).logsumexp(-1)  # (M,)
-        constant = m.float().lgamma() + (m - 1) * math.log(tau)  # (M,)
-        latent = constant + ((log_l - (tau + 1) * log_z) * inside).sum(-1) - m * pull
-    return torch.where(is_latent, latent, soft)
-
-
-def replay(lm, roll, rows, args):
-    """Log-probabilities (B, T) of the executed steps of rows (B,) under lm, and their mask (B, T)
-
-    The embeddings are rebuilt in the graph: z is a constant, the table a weight. A prompt runs once for its rows.
-    """
-    steps, slots = int(roll.length[rows].max()), int((roll.scores[rows] > -math.inf).sum(-1).max())  # T and K in use
-    ids, weights, scores = (x[rows, :steps, :slots] for x in (roll.ids, roll.weights, roll.scores))  # (B, T, K)
-    mask = torch.arange(steps, device=ids.device) < roll.length[rows, None]  # (B, T)
-    is_latent = (torch.arange(steps, device=ids.device) < args.latent_steps).expand_as(mask)  # (B, T)
-    prompts, which = (rows // roll.group_size).unique(return_inverse=True)  # (p,) distinct, (B,) the one of each row
-    prompt, prompt_mask = common.left_pad([roll.prompts[i] for i in prompts.tolist()], ids.device)  # (p, L)
-    cache = common.DynamicCache(config=lm.model.config)
+# --- 5. Log-probability: equation (5) -------------------------------------------------------------
+# A rollout is replayed: the prompt and the stored mixtures run through the model in one pass, with
+# gradients. The logits are those of the rollout, up to rounding. A group has one prompt, so that
+# runs once. Shorter rollouts are padded on the right, where causal attention never looks, so there
+# is no mask.
+# Official code: e_t is a constant. Here it is mixed anew, so that E learns as an input as well.
+def replay(lm, roll, group, group_size, args):
+    """Equation (5) for the rollouts of one group -> L (G, T), 0 at steps that were not executed"""
+    rows = slice(group * group_size, (group + 1) * group_size)
+    length = roll.length[rows, None]  # (G, 1)
+    steps = max(2, int(length.max()))  # T of this group; 2, because a model must be fed something
+    ids, weights = roll.ids[rows, :steps], roll.weights[rows, :steps]  # (G, T, K)
+    step = torch.arange(steps, device=ids.device)  # (T,)
+    first = args.latent_steps if args.text_only else 0
+    scored = (step >= first) & (step < length)  # (G, T), of which M are true
+    prompt = torch.tensor([roll.prompts[group]], device=ids.device)  # (1, L)
     with lm.autocast():
-        hidden = lm.hidden_states(lm.table[prompt], prompt_mask, cache)[which, -1:]  # (B, 1, D) before step 0
-        cache.batch_select_indices(which)
-        if steps > 1:
-            thought = common.mix_embeddings(lm.table, ids, weights)[:, :-1]  # (B, T - 1, D), the last one is never fed
-            later = lm.hidden_states(thought, torch.cat([prompt_mask[which], mask], 1)[:, :-1], cache)  # (B, T - 1, D)
-            hidden = torch.cat([hidden, later], 1)  # (B, T, D)
-        log_p = common.candidate_log_probs(hidden[mask], lm.head, ids[mask], args.temperature)  # (M, K), M executed
-    log_probs = step_log_probs(log_p, weights[mask], scores[mask], is_latent[mask], args)  # (M,)
-    return torch.zeros(mask.shape, device=ids.device).masked_scatter(mask, log_probs), mask
+        cache = DynamicCache(config=lm.model.config)
+        before = lm.hidden_states(lm.embedding[prompt], cache)[:, -1:]  # (1, 1, D)
+        cache.batch_repeat_interleave(group_size)
+        thought = mix(lm.embedding, ids, weights)[:, :-1]  # (G, T - 1, D), the last is never fed
+        later = lm.hidden_states(thought, cache)  # (G, T - 1, D)
+        hidden = torch.cat([before.expand(group_size, -1, -1), later], 1)  # (G, T, D)
+        log_pi = common.log_probs_at(hidden[scored], lm.head, ids[scored])  # (M, K)
+    log_probs = torch.zeros(scored.shape, device=ids.device)  # (G, T)
+    log_probs[scored] = (weights[scored] * log_pi).sum(-1)  # equation (5)
+    return log_probs
 
 
-# --- 6. Update, (6) ---------------------------------------------------------------------------------------------------
-# Gradients add up over micro-batches and ranks. One denominator: however a batch is cut, its update is the same.
-def clipped_objective(log_probs, old_log_probs, advantages, clip):
-    """The summand of (6), and where clipping acts: (B, T), (B, T), (B, 1) -> (B, T) each
+# --- 6. Update: equation (6) ----------------------------------------------------------------------
+# Group by group, so that the activations of one group are in memory at a time. All steps of the
+# batch share one denominator, so an update does not depend on how the batch is cut.
+# Official code: a mean for each rollout first, which gives more weight to the steps of short ones.
+# It has PPO's clipped ratio at text steps, but with one update for a batch, as in its settings,
+# that is always 1. It has a KL term, which its settings switch off.
+def update(lm, optimizer, roll, advantages, args):
+    """One optimiser step; advantages (P, G) -> norm of the gradient, before it is bounded by 1"""
+    optimizer.zero_grad()
+    steps = common.sum_over_ranks(roll.length.sum().float())
+    for group, group_advantages in enumerate(advantages):
+        if not group_advantages.any():  # nothing to learn, though its steps count
+            continue
+        log_probs = replay(lm, roll, group, len(group_advantages), args)  # (G, T)
+        objective = (group_advantages[:, None] * log_probs).sum() / steps  # equation (6)
+        (-objective).backward()
+    common.sum_gradients_over_ranks(lm.model)
+    grad_norm = torch.nn.utils.clip_grad_norm_(lm.model.parameters(), 1.0)  # the paper's bound
+    if not grad_norm.isfinite():
+        raise common.UserError("the gradient is not finite: --resume the run with a lower --lr")
+    optimizer.step()
+    return grad_norm.item()
 
-    With eps .2, ratio 1.5 and A = 1 give 1.2 without a gradient: this step has been encouraged enough. Ratio 1.5 and
-    A = -1 give -1.5: it has moved the wrong way and is pulled back. exp would overflow, so ratios end at e^20.
+
+# --- 7. Evaluation and samples --------------------------------------------------------------------
+def evaluate(lm, task, problems, args, full):
+    """Always the same held-out problems and the same noise -> dict of means over all ranks
+
+    greedy: noise-free. `full` adds sampled, with the noise of training, and greedy_no_latents,
+    where words take the place of soft tokens: what is lost there is what the mixtures were worth.
     """
-    ratio = (log_probs - old_log_probs).clamp(max=20).exp()  # (B, T)
-    plain, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages  # (B, T)
-    return torch.minimum(plain, clipped), clipped < plain
-
-
-def update(lm, ref, optimizer, roll, advantages, args):
-    """`updates_per_batch` optimiser steps on one batch; advantages (N,), ref: the reference model or None -> metrics
-
-    Rows without advantage have no gradient: they are left out, but count in the denominator.
-    """
-    order = roll.length.argsort(stable=True)  # (N,) rows of similar length share a micro-batch
-    rows = order[advantages[order] != 0] if ref is None else order
-    batches = rows.split(args.micro_batch) if len(rows) else ()  # (B,) each
-    denominator = common.all_reduce(roll.length.sum().float())
-    old, sums = {}, torch.zeros(3, device=roll.length.device)
-    for _ in range(args.updates_per_batch):
-        optimizer.zero_grad()
-        for i, micro in enumerate(batches):
-            log_probs, mask = replay(lm, roll, micro, args)  # (B, T) each
-            old.setdefault(i, log_probs.detach())  # the first pass runs at theta_old: its ratio is 1
-            gain, clipped = clipped_objective(log_probs, old[i], advantages[micro, None], args.clip)  # (B, T)
-            kl = torch.zeros_like(gain)  # (B, T)
-            if ref is not None:
-                with torch.no_grad():
-                    ref_log_probs, _ = replay(ref, roll, micro, args)  # (B, T)
-                kl = (log_probs - ref_log_probs) ** 2 / 2
-            loss = -((gain - args.kl_coef * kl) * mask).sum() / denominator
-            loss.backward()
-            sums += torch.stack([(clipped & mask).sum(), (kl * mask).sum(), mask.sum()]).detach()
-        common.reduce_gradients(lm.model)
-        grad_norm = torch.nn.utils.clip_grad_norm_(lm.model.parameters(), 1.0)  # the paper's bound
-        if not grad_norm.isfinite():
-            raise common.UserError("the gradient is not finite and was not applied; --resume with a lower --lr")
-        optimizer.step()
-    clipped, kl, steps = common.all_reduce(sums).tolist()
-    return {"grad_norm": grad_norm.item(), "clipped": clipped / max(steps, 1), "kl": kl / max(steps, 1)}
-
-
-# --- 7. Evaluation and samples: always the same held-out problems, with noise of their own ----------------------------
-def evaluate(lm, problems, args, full):
-    """Noise-free accuracy and length; `full`: also sampled, and noise-free without latent steps -> dict"""
-    generator = torch.Generator(args.device).manual_seed(12345 + common.RANK)
+    torch.manual_seed(12345 + common.RANK)
     mine = problems[common.RANK :: common.RANKS]
+    ways = [
+        ("greedy", 1, args.latent_steps),
+        ("sampled", args.group_size, args.latent_steps),
+        ("greedy_no_latents", 1, 0),
+    ]
+    scores = {}
+    for name, samples, latent_steps in ways if full else ways[:1]:
+        parts = []
+        size = args.prompts_per_step * args.group_size // samples // common.RANKS  # as in training
+        for start in common.progress(range(0, len(mine), size), desc=name, leave=False):
+            part = mine[start : start + size]
+            encoded = prompts.encode(lm, task, part, args)
+            roll = rollout(lm, encoded, samples, latent_steps, args, noise_free=samples == 1)
+            strict, flexible = rewards_of(lm, task, roll, part)
+            parts.append(torch.stack([strict, flexible, roll.length.view_as(strict)]))
+        strict, flexible, length = torch.cat(parts, 1)  # (problems of this rank, samples) each
+        scores |= {name: strict, f"{name}_flexible": flexible, f"{name}_length": length}
+        if samples > 1:
+            scores[f"pass@{samples}"] = strict.amax(1)  # any of the samples is right
+    return {name: round(common.mean_over_ranks(value), 4) for name, value in scores.items()}
 
-    def accuracy(name, samples, latent_steps, noise_free):
-        """-> (3, problems of this rank, samples): strict, flexible, length"""
-        size, parts = max(1, args.prompts_per_step * args.group_size // samples // common.RANKS), []  # as in training
-        for i in common.progress(range(0, len(mine), size), desc=f"evaluating: {name}", leave=False):
-            part = mine[i : i + size]
-            prompts = [common.encode_prompt(lm.tokenizer, problem) for problem in part]
-            roll = rollout(lm, prompts, samples, args, generator, latent_steps, noise_free)
-            _, strict, flexible = score(lm, roll, part)
-            parts.append(torch.stack([strict, flexible, roll.length.view(len(part), samples).float()]))
-        return torch.cat(parts, 1)
 
-    greedy = accuracy("noise-free", 1, args.latent_steps, True)
-    scores = dict(zip(["greedy", "greedy_flexible", "length"], map(common.mean, greedy), strict=True))
-    if full:
-        sampled = accuracy("sampled", args.eval_samples, args.latent_steps, False)
-        scores |= {"sampled": common.mean(sampled[0]), "sampled_flexible": common.mean(sampled[1])}
-        scores[f"pass@{args.eval_samples}"] = common.mean(sampled[0].amax(1))  # any of the samples
-        scores["greedy_no_latents"] = common.mean(accuracy("without latents", 1, 0, True)[0])
-    return {key: round(value, 4) for key, value in scores.items()}
+def describe(lm, roll, n, args):
+    """Rollout n: each latent as its heaviest candidates with their weights, then the text -> str"""
+    steps = min(args.latent_steps, roll.length[n])
+    lines = common.describe_thought(lm.tokenizer, roll.ids[n, :steps], roll.weights[n, :steps])
+    return "\n    ".join([*lines, f"text       {texts_of(lm, roll)[n].strip()!r}"])
 
 
-def measure(roll, strict, flexible, advantages, args):
+def ask(lm, task, args):
+    """What the model thinks about a question: without noise, and three times with it"""
+    encoded = prompts.encode(lm, task, [tasks.Problem(args.ask, "")], args)
+    torch.manual_seed(args.seed)
+    for noise_free in (True, False, False, False):
+        roll = rollout(lm, encoded, 1, args.latent_steps, args, noise_free)
+        print("without noise" if noise_free else "with noise")
+        print("    " + describe(lm, roll, 0, args))
+
+
+def metrics_of(roll, strict, flexible, advantages, args):
     """What a batch of rollouts looked like -> dict of means over all ranks"""
-    row = dict(reward=strict, flexible=flexible, length=roll.length, ended=roll.ended, zero_advantage=advantages == 0)
+    metrics = {"reward": strict, "flexible": flexible, "length": roll.length}
+    metrics["ended"] = roll.length < args.max_new_tokens
+    metrics["zero_advantage"] = advantages == 0
     if args.latent_steps:
         z = roll.weights[:, : args.latent_steps]  # (N, latent steps, K)
-        row["effective_k"] = 1 / z.square().sum(-1)[z.sum(-1) > 0]  # (executed latent steps,), 1 if z is one-hot
-    return {name: common.mean(value) for name, value in row.items()}
+        executed = z.sum(-1) > 0  # (N, latent steps)
+        metrics["effective_k"] = 1 / z.square().sum(-1)[executed]  # 1 if one-hot, 2 if two halves
+    return {name: common.mean_over_ranks(value) for name, value in metrics.items()}
 
 
-def describe(lm, roll, problems, texts, strict, args):
-    """The rollout with the softest thoughts: each latent token as its heaviest candidates with their weights -> str"""
-    z = roll.weights[:, : args.latent_steps]  # (N, latent steps, K)
-    n = int((z.sum(-1) - z.amax(-1)).sum(1).argmax())
-    problem, lines = problems[n // roll.group_size], []
-    for t in range(min(args.latent_steps, int(roll.length[n]))):
-        top, slots = z[n, t].topk(min(4, z.shape[2]))
-        words = [lm.tokenizer.decode([i]) for i in roll.ids[n, t, slots].tolist()]
-        pairs = [f"{word!r} {w:.2f}" for word, w in zip(words, top.tolist(), strict=True) if w > 0.005]
-        lines.append(f"latent {t + 1:2d}  " + "  ".join(pairs))
-    lines += [f"text       {texts[n].strip()!r}", f"reward {strict.flatten()[n]:.0f}, the answer is {problem.answer}"]
-    return "\n    ".join([problem.question, *lines])
-
-
-# --- 8. main: evaluate, train, evaluate -------------------------------------------------------------------------------
+# --- 8. main: evaluate, train, evaluate -----------------------------------------------------------
 def main(argv=None):
     args = parse_args(argv)
     common.start_ranks(args.device)
+    task = tasks.find(args.task)
     lm = common.load_model(args)
-    ref = common.load_model(args) if args.kl_coef else None
-    optimizer = torch.optim.AdamW(lm.model.parameters(), betas=(0.9, 0.99), weight_decay=0.1, fused=True)  # the paper's
-    generator = torch.Generator(args.device)
-    common.take_problems(args, "train", 0, 1)  # a malformed line ends the run here, before it begins
-    held_out = common.take_problems(args, "test", 0, args.eval_problems)
-    run = common.Run(args, "lepo" if args.latent_steps else "grpo")
-    first, before = run.restore(lm.model, optimizer) if args.resume else (0, None)
-    before = before or evaluate(lm, held_out, args, full=True)
-    print(f"{sum(p.numel() for p in lm.model.parameters()):,} parameters, run folder {run.folder}\nbefore {before}")
-    for step in common.progress(range(first, args.steps), initial=first, total=args.steps, desc="training"):
+    args.top_k = min(args.top_k, len(lm.embedding))
+    print("settings:", vars(args))
+    if args.ask:
+        return ask(lm, task, args)
+    held_out = task.problems(args, "test", 0, args.eval_problems)
+    task.problems(args, "train", 0, 1)  # a malformed line ends the run here, before it begins
+    weights = lm.model.parameters()
+    optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.99), weight_decay=0.1, fused=True)
+    run = common.Run(args, "lepo" if args.latent_steps else "grpo", lm, optimizer)
+    first, before = run.start()
+    before = before or evaluate(lm, task, held_out, args, full=True)
+    print("before:", before)
+    for step in common.progress(range(first, args.steps), initial=first, total=args.steps):
         if step % args.save_every == 0:
-            run.save(step, before, lm.model, optimizer)
-        # --- rollout. Noise and data follow from seed, step and rank: a resumed run goes on as it would have.
-        start, count = time.time(), args.prompts_per_step
-        generator.manual_seed(args.seed * 10**9 + step * 10**3 + common.RANK)
-        problems = common.take_problems(args, "train", step * count, count)[common.RANK :: common.RANKS]
-        prompts = [common.encode_prompt(lm.tokenizer, problem) for problem in problems]
-        roll = rollout(lm, prompts, args.group_size, args, generator, args.latent_steps)
-        # --- reward and advantages
-        texts, strict, flexible = score(lm, roll, problems)
-        advantages = group_advantages(strict).flatten()  # (N,)
-        # --- update
-        warmup = min(1, (step + 1) / max(1, 0.03 * args.steps))
-        optimizer.param_groups[0]["lr"] = args.lr * warmup * (1 + math.cos(math.pi * step / args.steps)) / 2
-        metrics = update(lm, ref, optimizer, roll, advantages, args)
-        # --- log
-        row = {"step": step, **measure(roll, strict, flexible, advantages, args), **metrics}
-        row["seconds"] = round(time.time() - start, 3)
+            run.save(step, before)
+        # Problems and noise follow from seed, step and rank: a resumed run goes on as it would have
+        began, count = time.time(), args.prompts_per_step
+        problems = task.problems(args, "train", step * count, count)[common.RANK :: common.RANKS]
+        torch.manual_seed(hash((args.seed, step, common.RANK)))
+
+        encoded = prompts.encode(lm, task, problems, args)
+        roll = rollout(lm, encoded, args.group_size, args.latent_steps, args)
+        strict, flexible = rewards_of(lm, task, roll, problems)  # (P, G)
+        advantages = group_advantages(strict)  # (P, G)
+        optimizer.param_groups[0]["lr"] = common.learning_rate(args, step)
+        grad_norm = update(lm, optimizer, roll, advantages, args)
+
+        row = {"step": step, **metrics_of(roll, strict, flexible, advantages, args)}
+        row |= {"grad_norm": grad_norm, "seconds": round(time.time() - began, 3)}
         if args.eval_every and (step + 1) % args.eval_every == 0:
-            row = row | evaluate(lm, held_out, args, full=False) | row  # the length stays that of the rollouts
-            tqdm.write(describe(lm, roll, problems, texts, strict, args))
+            row |= evaluate(lm, task, held_out, args, full=False)
+            tqdm.write(f"{problems[0].question}\n    {describe(lm, roll, 0, args)}")
+            tqdm.write(f"    reward {strict[0, 0]:.0f}, the answer is {problems[0].answer}")
         run.log(row)
-        tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
-    run.save(max(first, args.steps), before, lm.model, optimizer)
-    after = evaluate(lm, held_out, args, full=True) if args.steps else before
-    run.finish(lm, after | {f"{name}_before": value for name, value in before.items()})
+    run.save(max(first, args.steps), before)
+    after = evaluate(lm, task, held_out, args, full=True) if args.steps else before
+    run.finish(after | {f"{name}_before": value for name, value in before.items()})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Proofs of dlr.py: every formula against something that does not share its code. In the order of dlr.py.
 
-    pytest test_dlr.py -m slow    # runs to the end, a killed one, two processes, real tokenizer and data
+    pytest tests/test_dlr.py -m slow    # runs to the end, a killed one, two processes, real tokenizer and data
 """
 
 import io
@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch.distributions import Independent, Normal, kl_divergence
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-import common
 import dlr
-from common import Problem
+import engine as common
+from engine import Problem
 from test_latent_grpo import PROMPTS, assert_close, random_model
 from test_latent_sft import HERE, SHARED, needs_shared, rows_of
 
@@ -153,7 +153,7 @@ def test_latents_stand_between_question_and_cue():
     spell = SimpleNamespace(chat_template=None, encode=lambda text, **_: [*text.encode()], decode=bytes)
     (prompt,), cue = dlr.encode(spell, [Problem("How many?", "2")])
     assert bytes(prompt + cue).decode() == f"How many?\n{dlr.FORMAT}\n<think>"
-    tokenizer = AutoTokenizer.from_pretrained(HERE / "tiny")
+    tokenizer = AutoTokenizer.from_pretrained(HERE / "tasks/models/chains")
     for template, prompt in ((None, " 17 + 5 ?"), (" hm {{ messages[0]['content'] }} so", " hm 17 + 5 ? so")):
         tokenizer.chat_template = template
         prompts, cue = dlr.encode(tokenizer, [Problem(" 17 + 5 ? <think>", "22", "think")] * 2)
@@ -440,9 +440,9 @@ def test_a_main_model_of_which_one_bit_has_changed_is_refused(run, tmp_path, mon
         policy.main_lm.table.data.view(torch.int32)[5, 5] += 1
         return {}
     change(SimpleNamespace(main_lm=(lm := common.load_model(dlr.parse_args([])))))
-    lm.model.save_pretrained(tmp_path / "tiny"), lm.tokenizer.save_pretrained(tmp_path / "tiny")
+    lm.model.save_pretrained(tmp_path / "main"), lm.tokenizer.save_pretrained(tmp_path / "main")
     monkeypatch.setattr(dlr, "update", change)
-    for flags in (["--resume", str(run[0]), "--model", str(tmp_path / "tiny")], ["--out", str(tmp_path / "run")]):
+    for flags in (["--resume", str(run[0]), "--model", str(tmp_path / "main")], ["--out", str(tmp_path / "run")]):
         with pytest.raises(common.UserError, match="main model"):  # at the start; and at the end, after two changes
             dlr.main([*QUICK, *flags])
 

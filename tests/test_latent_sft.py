@@ -1,7 +1,7 @@
 """Proofs of latent_sft.py, in its order; then runs of latent_sft.py and of latent_grpo.py, which goes on from there.
 
-    pytest test_latent_sft.py            # a quarter of a minute
-    pytest test_latent_sft.py -m slow    # runs to the end, two processes, real tokenizer and data
+    pytest tests/test_latent_sft.py            # a quarter of a minute
+    pytest tests/test_latent_sft.py -m slow    # runs to the end, two processes, real tokenizer and data
 """
 
 import contextlib
@@ -24,22 +24,20 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-import common
+import engine as common
 import latent_grpo
 import latent_sft
-import lepo
-import plot
-from common import Problem, UserError
+from engine import Problem, UserError
 from test_latent_grpo import PROMPTS, assert_close, random_model
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 SHARED = HERE.parent / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the Qwen2.5 tokenizer and data in ../shared")
 
 
 def settings(**changed):
     values = dict(chunk=6, top_k=10, max_new_tokens=10, micro_batch=64, think_text="", exit_text=" </think>",
-                  device="cpu", model="tiny", compile=False, data="tiny", kind="mixed", seed=0)  # fmt: skip
+                  device="cpu", model="chains", compile=False, data="chains", kind="mixed", seed=0)  # fmt: skip
     return SimpleNamespace(**values | changed)
 
 
@@ -242,33 +240,14 @@ def test_a_run_leaves_a_log_a_result_and_a_model(name, runs):
     if name == "latent_grpo":
         keys += " sampled pass@2 greedy_before greedy_skipped greedy_shuffled greedy_heaviest"
     assert set(keys.split()) <= set(result) and result["method"] == name and len(rows) == 5 and "greedy" in rows[1]
-    start = {"latent_sft": "tiny", "latent_grpo": "tiny_latent"}[name]
-    paths = runs / name / "model", HERE / start
+    start = {"latent_sft": "chains", "latent_grpo": "chains_latent"}[name]
+    paths = runs / name / "model", HERE / "tasks/models" / start
     trained, start = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in paths)
     changed = {weight for weight in start if not torch.equal(trained[weight], start[weight])}
     assert changed and "model.embed_tokens.weight" not in changed  # frozen
     out = (runs / f"{name}.out").read_text()
     assert json.loads(out.strip().splitlines()[-1]).items() <= result.items()
     assert "? <think>\n    latent  1  ' " in out and "\n    text       '" in out and "the answer is" in out
-
-
-def test_a_thought_before_and_after_training_is_a_picture(runs, tmp_path):
-    """What plot.py says of it is checked against the model's own first step behind the prompt."""
-    lines, picture = tmp_path / "runs.jsonl", tmp_path / "thought.png"
-    flags = ["--thought", str(picture), "--problem", "3"]
-    plot.main([str(runs / "latent_grpo"), *flags, "--jsonl", str(lines)])
-    thought = json.loads(lines.read_text())["thought"]
-    assert picture.stat().st_size > 5000
-    for when, folder in (("before", HERE / "tiny_latent"), ("after", runs / "latent_grpo/model")):
-        tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
-        with torch.no_grad():
-            logits = model(torch.tensor([tokenizer.encode(" " + thought["question"])])).logits[0, -1]
-        probs, ids = logits.softmax(-1).topk(10)
-        latent = dict(zip(map(tokenizer.decode, ids), (probs / probs.sum()).tolist(), strict=True))
-        assert thought[when]["latents"][0] == pytest.approx(latent, abs=1e-5) and "</think>" in thought[when]["text"]
-    assert thought["before"]["latents"] != thought["after"]["latents"]
-    with pytest.raises(common.UserError, match="no run of latent_grpo.py"):
-        plot.main([str(runs / "latent_sft"), *flags])
 
 
 @both
@@ -278,11 +257,10 @@ def test_more_candidates_than_tokens_are_all_tokens(name, tmp_path):
 
 
 def test_the_logged_length_is_that_of_the_rollouts_and_not_of_an_evaluation(tmp_path, monkeypatch):
-    for module in (latent_grpo, lepo):
-        monkeypatch.setattr(module, "evaluate", lambda *_, **__: {"greedy": 0.5, "length": 99.0})
-        module.main([*SCRIPTS["latent_grpo"], "--steps", "2", "--out", str(tmp_path / module.__name__)])
-        row = rows_of(tmp_path / module.__name__)[1]
-        assert row["greedy"] == 0.5 and row["length"] < 41
+    monkeypatch.setattr(latent_grpo, "evaluate", lambda *_, **__: {"greedy": 0.5, "length": 99.0})
+    latent_grpo.main([*SCRIPTS["latent_grpo"], "--steps", "2", "--out", str(tmp_path / "run")])
+    row = rows_of(tmp_path / "run")[1]
+    assert row["greedy"] == 0.5 and row["length"] < 41
 
 
 @both
@@ -319,17 +297,22 @@ def test_a_wrong_call_ends_with_one_line_and_exit_code_2(name, flags, mentioned,
     assert stop.value.code == 2 and "error: " in error and "\n" not in error and mentioned in error
 
 
-def test_defaults_are_the_papers_or_the_tiny_models_also_for_what_a_run_has_made():
-    big, tiny = latent_grpo.parse_args(["--model", "any"]), latent_grpo.parse_args([])
-    made = latent_grpo.parse_args(["--model", "runs/a-tiny-1/model"])
+def test_defaults_are_the_papers_or_the_chains_models_also_for_what_a_run_has_made(runs, tmp_path):
+    big, chains = latent_grpo.parse_args(["--model", "any"]), latent_grpo.parse_args([])
+    made = latent_grpo.parse_args(["--model", str(runs / "latent_sft/model")])
+    (tmp_path / "result.json").write_text('{"args": {"data": "gsm8k"}}')
+    for model in ("my-chains", str(tmp_path / "model"), str(runs / "latent_sft"), "runs/chains/model"):
+        assert latent_grpo.parse_args(["--model", model]).data == "gsm8k"
+    assert latent_grpo.parse_args(["--model", "any", "--data", "chains"]).surrogate == "weighted"
     assert (big.surrogate, big.noise, big.overlong, big.first_token) == ("mean", "one_sided", "exclude", "paper")
     assert (big.top_k, big.top_p, big.noise_scale, big.clip) == (10, 0.95, 1.0, 0.2)
-    assert (tiny.surrogate, tiny.model, tiny.data) == ("weighted", "tiny_latent", "tiny") and made.data == "tiny"
+    assert (chains.surrogate, chains.model, chains.data) == ("weighted", "chains_latent", "chains")
+    assert (made.surrogate, made.data) == ("weighted", "chains")
     assert latent_grpo.CLIP == latent_sft.CLIP == (-1.5, 3.0)
 
 
 @pytest.mark.slow
-def test_latent_sft_teaches_the_tiny_model_to_think(tmp_path, capsys):
+def test_latent_sft_teaches_the_chains_model_to_think(tmp_path, capsys):
     """A third of the shipped model's training, from words to latents."""
     latent_sft.main(["--steps", "600", "--eval_every", "0", "--out", str(tmp_path / "run")])
     result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
@@ -337,7 +320,7 @@ def test_latent_sft_teaches_the_tiny_model_to_think(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_tiny_latent_model_learns(tmp_path, capsys):
+def test_the_chains_latent_model_learns(tmp_path, capsys):
     """A quarter of the default run, which gains .16 to .25; the bar is the paper's 7.86 points."""
     latent_grpo.main(["--steps", "100", "--out", str(tmp_path / "run")])
     result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])

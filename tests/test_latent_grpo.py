@@ -18,7 +18,7 @@ from torch.distributions import Gumbel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-import common
+import engine as common
 import latent_grpo
 
 STOP, EXIT = 1, 2
@@ -30,7 +30,7 @@ def settings(**changed):
     values = dict(
         top_k=4, top_p=0.95, noise="one_sided", noise_scale=1.0, exit_id=EXIT, surrogate="mean", overlong="exclude",
         first_token="off", clip=0.2, max_new_tokens=10, micro_batch=64, updates_per_batch=1, max_draws=1, group_size=4,
-        prompts_per_step=3, steps=10, think_text="", data="tiny", device="cpu",
+        prompts_per_step=3, steps=10, think_text="", data="chains", device="cpu",
     )  # fmt: skip
     return SimpleNamespace(**values | changed)
 

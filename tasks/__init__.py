@@ -1,0 +1,30 @@
+"""A task is a module with three functions, which is all that a method knows of its data and reward:
+
+    problems(args, split, start, count)   problems start, start + 1, ... of an endless sequence
+    request(question, args)               the text that the model reads
+    verify(text, problem)                 (strict, flexible), each 0.0 or 1.0
+
+`split` is "train" or "test". A problem follows from its index alone, so a checkpoint that knows its
+step knows its place in the data. `strict` wants the answer in the form that was asked for;
+`flexible` takes the last number of the text. What lies between the two is a matter of form.
+"""
+
+import importlib
+from dataclasses import dataclass
+
+
+class UserError(Exception):
+    """What the user can put right: it is printed as one line that says what to do."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    question: str
+    answer: str
+    solution: str = ""  # all that the data says of the answer: to learn from, never to judge by
+
+
+def find(name):
+    """The module of `--task name`. It is imported here, so that chains needs no math-verify."""
+    module = name if name in ("chains", "trees") else "gsm8k"
+    return importlib.import_module(f"tasks.{module}")

@@ -1,0 +1,50 @@
+"""From the request of a task to the token ids that a model reads."""
+
+import math
+from pathlib import Path
+
+from tasks import UserError
+
+MODELS = Path(__file__).parent / "models"
+
+
+def model_path(name):
+    """A local folder comes first, then a model of this repository, then the hub."""
+    if Path(name).is_dir() or "/" in name:
+        return name
+    if (MODELS / name).is_dir():
+        return MODELS / name
+    return f"Qwen/{name}" if name.startswith("Qwen") else name
+
+
+def end_of_turn(tokenizer):
+    """-> ids (none or one) of the token that a chat template puts behind an answer"""
+    if not tokenizer.chat_template:
+        return []
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}]
+    after = tokenizer.apply_chat_template(turns, tokenize=False).rsplit("ANSWER", 1)[-1]
+    first = tokenizer.encode(after, add_special_tokens=False)[:1]
+    return [i for i in first if i in tokenizer.all_special_ids]
+
+
+def encode(lm, task, problems, args):
+    """Problems -> a list of token ids for each, with the chat template where there is one"""
+    return [encode_one(lm, task.request(problem.question, args), args) for problem in problems]
+
+
+def encode_one(lm, text, args):
+    tokenizer = lm.tokenizer
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": text.strip()}]
+        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    ids = tokenizer.encode(text, add_special_tokens=not tokenizer.chat_template)
+    if ids and ids[-1] in lm.stop_ids:  # of a tokenizer that ends every text
+        ids = ids[:-1]
+    if len(tokenizer.decode(ids)) < len(text) / 2:  # letters without a token are dropped
+        raise UserError("the tokenizer cannot spell this problem: give the --task of the model")
+    if max(ids) >= len(lm.embedding):
+        raise UserError(f"the tokenizer names token {max(ids)}, the model has {len(lm.embedding)}")
+    most = getattr(lm.model.config, "max_position_embeddings", math.inf)
+    if len(ids) + args.max_new_tokens > most:
+        raise UserError(f"a prompt of {len(ids)} tokens and --max_new_tokens exceed {most} positions")
+    return ids

@@ -1,0 +1,88 @@
+"""The settings of a run: the flags that all scripts share, and where a value comes from."""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from common import RANKS, load_checkpoint
+
+MAY_CHANGE = {"resume", "steps", "lr", "eval_every", "save_every", "device"}  # when a run goes on
+ASK = "Please reason step by step, and put your final answer within \\boxed{}."
+
+
+class Parser(argparse.ArgumentParser):
+    def add_number(self, name, default, least, help):
+        """A flag that takes a number like `default`, and refuses one below `least` in one line."""
+
+        def number(text):
+            value = type(default)(text)
+            if not value >= least:
+                raise argparse.ArgumentTypeError(f"must be at least {least}")
+            return value
+
+        self.add_argument(f"--{name}", type=number, default=default, help=help)
+
+
+def make_parser(script, about, presets):
+    return Parser(
+        prog=script,
+        usage=argparse.SUPPRESS,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description=about,
+        epilog=f"Built-in tasks have other defaults: {presets}",
+    )
+
+
+def add_shared_flags(parser):
+    """Defaults are for GSM8K on one GPU. A built-in task has a preset of its own in the script."""
+    add, number = parser.add_argument, parser.add_number
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    precision = "bfloat16" if device == "cuda" else "float32"
+    changes = f"go on with a run, which may change: {', '.join(sorted(MAY_CHANGE))}"
+    add("--model", default="Qwen2.5-0.5B", help="hub id, Qwen name, local folder, chains or trees")
+    add("--task", help="chains, trees, gsm8k, or a folder with train.jsonl and test.jsonl")
+    add("--kind", default="", help="chains: mixed, plus, minus, single; trees: depth,branching,exits")
+    add("--prompt", default=ASK, help="what follows a question of gsm8k or of a folder")
+    number("steps", 100, 0, "training steps; 0 only evaluates")
+    number("prompts_per_step", 32, RANKS, "P, problems in a batch, at least one for each GPU")
+    number("group_size", 8, 2, "G, rollouts of a problem, which an advantage compares; k of pass@k")
+    number("max_new_tokens", 512, 2, "T, cap on the steps of a rollout, latent ones included")
+    number("lr", 1e-6, 0, "peak learning rate; 3 %% of the steps are warm-up, then half a cosine")
+    number("eval_problems", 256, RANKS, "held-out problems; of 256 the standard error is 3 points")
+    number("eval_every", 10, 0, "steps between noise-free evaluations; 0: none")
+    number("save_every", 20, 1, "steps between checkpoints")
+    number("seed", 0, 0, "of noise and of the order of problems")
+    add("--device", default=device, choices=["cuda", "cpu"], help="where it runs")
+    add("--precision", default=precision, choices=["bfloat16", "float32"], help="of products")
+    add("--out", help="run folder to make; without it a new one under runs/")
+    add("--resume", metavar="FOLDER", help=changes)
+    add("--ask", metavar="QUESTION", help="show how the model thinks about a question, and end")
+
+
+def parse_args(parser, presets, argv):
+    """A value is that of the command line, else the run to resume, else the task, else the default."""
+    add_shared_flags(parser)
+    defaults = vars(parser.parse_args([]))
+    nothing = argparse.Namespace(**dict.fromkeys(defaults))  # a flag that is not given stays None
+    given = vars(parser.parse_args(argv, nothing))
+    given = {name: value for name, value in given.items() if value is not None}
+    if "resume" in given:
+        saved = load_checkpoint(given["resume"])["args"]
+        if saved.keys() != defaults.keys():
+            parser.error(f"{given['resume']} is a run of another script")
+        if given.keys() - MAY_CHANGE:
+            kept = ", ".join(sorted(given.keys() - MAY_CHANGE))
+            parser.error(f"a run keeps its {kept}: start a new one")
+        return argparse.Namespace(**saved | given)
+    task = given.get("task") or default_task(given.get("model"), presets)
+    return argparse.Namespace(**defaults | presets.get(task, {}) | given | {"task": task})
+
+
+def default_task(model, presets):
+    """Without --task: that of the model, or of the run that trained it, else gsm8k. Without both: chains."""
+    if model is None or model in presets:
+        return model or "chains"
+    trained_by = Path(model).parent / "result.json"
+    return json.loads(trained_by.read_text())["args"]["task"] if trained_by.exists() else "gsm8k"
