@@ -71,11 +71,12 @@ def run_main(main):
         print("interrupted: --resume goes on from checkpoint.pt, once there is one", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        known = UserError, OSError, ImportError, SafetensorError, torch.OutOfMemoryError
-        # "enforce fail" is how PyTorch says that a disk, or the memory of a CPU, is full.
-        if not isinstance(error, known) and "enforce fail" not in str(error):
+        reason = str(error).partition("\n")[0]
+        if "enforce fail" in reason:  # PyTorch's words for both
+            reason = f"the disk, or the memory of the CPU, is full: {reason}"
+        elif not isinstance(error, (UserError, OSError, ImportError, SafetensorError)):
             raise
-        print("error:", str(error).splitlines()[0], file=sys.stderr)
+        print("error:", reason, file=sys.stderr)
         sys.exit(2)
 
 
@@ -87,12 +88,12 @@ class LanguageModel:
     embedding: torch.Tensor  # (V, D) E, what goes in
     head: torch.Tensor  # (V, D) hidden states times this are logits; often the same tensor
     stop_ids: torch.Tensor  # any of these ends a text
-    precision: str = "float32"  # or bfloat16, of matrix products
+    dtype: torch.dtype = torch.float32  # or bfloat16, of matrix products
 
     def autocast(self):
         """One context around a rollout, so that weights are cast once. Not under inference_mode."""
-        device = self.embedding.device.type
-        return torch.autocast(device, torch.bfloat16, enabled=self.precision == "bfloat16")
+        is_half = self.dtype == torch.bfloat16
+        return torch.autocast(self.embedding.device.type, torch.bfloat16, enabled=is_half)
 
     def hidden_states(self, embeds, cache, mask=None):
         """The model without its head: (B, L, D) -> (B, L, D)
@@ -100,12 +101,10 @@ class LanguageModel:
         cache: of the columns before, which these ones join. mask (B, all columns): 0 on padding,
         which is on the left, so that positions are counted from the first real token.
         """
-        embeds = embeds.to(getattr(torch, self.precision))
-        position = None
-        if mask is not None:
-            position = (mask.cumsum(1)[:, -embeds.shape[1] :] - 1).clamp(min=0)  # (B, L)
+        columns = embeds.shape[1]  # L
+        position = None if mask is None else (mask.cumsum(1)[:, -columns:] - 1).clamp(min=0)  # (B, L)
         return self.model.base_model(
-            inputs_embeds=embeds,
+            inputs_embeds=embeds.to(self.dtype),
             attention_mask=mask,
             position_ids=position,
             past_key_values=cache,
@@ -131,24 +130,28 @@ def load_model(args):
         check_model(lm)
     except Exception as error:  # no such name, no network, a damaged file, an exotic model
         raise UserError(f"cannot use the model {path}: {error}") from None
-    lm.precision = args.precision
+    lm.dtype = getattr(torch, args.precision)
     return lm
 
 
 def end_tokens(model, tokenizer):
     """All of them: with one of Qwen2.5's two, half of the texts would never end."""
-    named = [tokenizer.eos_token_id, *prompts.end_of_turn(tokenizer)]
-    for ids in (model.generation_config.eos_token_id, model.config.eos_token_id):
-        named += ids if isinstance(ids, list) else [ids]
+    ids = model.generation_config.eos_token_id
+    named = ids if isinstance(ids, list) else [ids]
+    named += [tokenizer.eos_token_id, *prompts.end_of_turn(tokenizer)]
     return sorted(set(named) - {None})
 
 
 @torch.no_grad()
 def check_model(lm):
-    """Try what a rollout needs: two prompts through the decoder must give the model's own logits."""
-    decoder = Decoder(lm, [[4], [2, 3, 4]], 1)
-    ours = decoder.feed(lm.embedding[[5, 5]])  # (2, V)
-    wholes = torch.tensor([[4, 5]]), torch.tensor([[2, 3, 4, 5]])
+    """Try what a rollout and its replay need, against the model's own pass over the whole text.
+
+    Prompts of different length, two rows for each, of which one leaves, then two tokens at once.
+    """
+    decoder = Decoder(lm, [[4], [2, 3, 4]], 2)
+    decoder.keep(torch.arange(4) % 2 == 0)
+    ours = decoder.feed(lm.embedding[torch.tensor([[5, 3], [5, 3]])])  # (2, V)
+    wholes = torch.tensor([[4, 5, 3]]), torch.tensor([[2, 3, 4, 5, 3]])
     theirs = torch.cat([lm.model(ids.to(ours.device)).logits[:, -1] for ids in wholes])  # (2, V)
     if not ours.isfinite().all():
         raise ValueError("its logits are not finite")
@@ -168,15 +171,15 @@ class Decoder:
         self.lm, self.cache = lm, DynamicCache(config=lm.model.config)
         embeds = lm.embedding[ids.clamp(min=0)]  # (P, L, D)
         hidden = lm.hidden_states(embeds, self.cache, mask)[:, -1]  # (P, D)
-        self.head = lm.head.to(hidden.dtype)  # cast once
+        self.head = lm.head.to(lm.dtype)  # cast once
         self.logits = F.linear(hidden, self.head).repeat_interleave(group_size, 0)  # (N, V)
         self.mask = mask.repeat_interleave(group_size, 0)  # (N, columns so far)
         self.cache.batch_repeat_interleave(group_size)
 
     def feed(self, embeds):
-        """One embedding (B, D) for each row -> logits (B, V)"""
-        self.mask = F.pad(self.mask, (0, 1), value=1)
-        hidden = self.lm.hidden_states(embeds[:, None], self.cache, self.mask)[:, 0]  # (B, D)
+        """The next embeddings of each row, (B, L, D), mostly one -> logits after the last (B, V)"""
+        self.mask = F.pad(self.mask, (0, embeds.shape[1]), value=1)
+        hidden = self.lm.hidden_states(embeds, self.cache, self.mask)[:, -1]  # (B, D)
         return F.linear(hidden, self.head)
 
     def keep(self, rows):
@@ -221,9 +224,10 @@ def describe_thought(tokenizer, ids, weights):
 
 # --- 5. The run folder: log.jsonl with a row per step, checkpoint.pt, result.json, model/ ---------
 def load_checkpoint(folder):
-    path = f"{folder}/checkpoint.pt"
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(
+            f"{folder}/checkpoint.pt", map_location="cpu", weights_only=True, mmap=True
+        )
     except Exception as error:  # none there, or a damaged one
         raise UserError(f"nothing to resume in {folder} ({type(error).__name__})") from None
 
@@ -239,7 +243,6 @@ class Run:
                 raise UserError(f"{self.folder} is there already: --resume it, or give another --out")
             self.folder.mkdir(parents=True)
             (self.folder / "log.jsonl").touch()
-        print("run folder:", self.folder)
 
     def start(self):
         """-> first step, scores before training or None; of a resumed run from its checkpoint"""

@@ -198,7 +198,7 @@ def rollout(lm, prompts, group_size, latent_steps, args, noise_free=False):
                 rows, z_ids, z = rows[~stops], z_ids[~stops], z[~stops]
                 decoder.keep(~stops)
             embeds = mix(lm.embedding, z_ids, z)  # equation (3), (B, D)
-            logits = decoder.feed(embeds)  # (B, V)
+            logits = decoder.feed(embeds[:, None])  # (B, V)
     return Rollout(prompts, ids, weights, tokens, length)
 
 
@@ -360,6 +360,7 @@ def main(argv=None):
     weights = lm.model.parameters()
     optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.99), weight_decay=0.1, fused=True)
     run = common.Run(args, "lepo" if args.latent_steps else "grpo", lm, optimizer)
+    print("run folder:", run.folder)
     first, before = run.start()
     before = before or evaluate(lm, task, held_out, args, full=True)
     print("before:", before)
