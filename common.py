@@ -1,8 +1,8 @@
 """What the methods share and what is not the method: ranks, errors, model, decoding, run folders.
 
-Letters in shapes: P prompts, G rollouts of a prompt, N = P * G rollouts, B rows of a batch, L columns
-of a prompt, T steps of a rollout, K candidates of a soft token, M executed steps, V vocabulary,
-D width of the model.
+Letters in shapes: P prompts, G rollouts of a prompt (a group), N = P * G rollouts, B rows of a
+batch, L columns of a prompt, T steps of a rollout, K candidates of a soft token, M executed steps,
+V size of the vocabulary, D width of the model.
 """
 
 import functools
@@ -27,6 +27,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from tasks import UserError, prompts
 
 # --- 1. Ranks: the processes that torchrun starts, one for each GPU -------------------------------
+# Each rank takes its share of the prompts of a step. What they exchange is sums: of gradients and of
+# metrics. A mean over ranks is a sum over ranks divided by a count over ranks.
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 progress = functools.partial(tqdm, disable=RANK > 0 or None)  # None: a bar on a terminal only
 
@@ -63,12 +65,12 @@ def mean_over_ranks(values):
 
 # --- 2. Errors ------------------------------------------------------------------------------------
 def run_main(main):
-    """What the user can put right is one line and exit code 2. Other errors keep their traceback."""
+    """What the user can put right is one line and exit code 2. A bug keeps its traceback."""
     sys.stdout.reconfigure(errors="replace")  # a console that cannot print a character prints ?
     try:
         main()
     except KeyboardInterrupt:
-        print("interrupted: --resume goes on from checkpoint.pt, once there is one", file=sys.stderr)
+        print("interrupted: --resume goes on from checkpoint.pt, if there is one", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         reason = str(error).partition("\n")[0]
@@ -92,8 +94,8 @@ class LanguageModel:
 
     def autocast(self):
         """One context around a rollout, so that weights are cast once. Not under inference_mode."""
-        is_half = self.dtype == torch.bfloat16
-        return torch.autocast(self.embedding.device.type, torch.bfloat16, enabled=is_half)
+        device = self.embedding.device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def hidden_states(self, embeds, cache, mask=None):
         """The model without its head: (B, L, D) -> (B, L, D)
@@ -101,8 +103,9 @@ class LanguageModel:
         cache: of the columns before, which these ones join. mask (B, all columns): 0 on padding,
         which is on the left, so that positions are counted from the first real token.
         """
-        columns = embeds.shape[1]  # L
-        position = None if mask is None else (mask.cumsum(1)[:, -columns:] - 1).clamp(min=0)  # (B, L)
+        position = None
+        if mask is not None:
+            position = (mask.cumsum(1)[:, -embeds.shape[1] :] - 1).clamp(min=0)  # (B, L)
         return self.model.base_model(
             inputs_embeds=embeds.to(self.dtype),
             attention_mask=mask,
@@ -118,8 +121,9 @@ def load_model(args):
     path = prompts.model_path(args.model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        load = AutoModelForCausalLM.from_pretrained
-        model = load(path, dtype=torch.float32, use_safetensors=True).to(args.device).eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, use_safetensors=True
+        ).to(args.device).eval()
         lm = LanguageModel(
             model,
             tokenizer,
@@ -164,23 +168,28 @@ class Decoder:
     """The KV cache of a batch of rollouts. A step is the model's own forward pass."""
 
     def __init__(self, lm, prompts, group_size):
-        """Run P prompts, lists of token ids, each once for its whole group -> self.logits (N, V)"""
+        """Run P prompts, lists of token ids, each once for its whole group -> self.logits (N, V)
+
+        Shorter prompts are padded on the left, so that all of them end in the same column.
+        """
         ids = [torch.tensor(prompt, device=lm.embedding.device) for prompt in prompts]
         ids = pad_sequence(ids, True, padding_value=-1, padding_side="left")  # (P, L)
         mask = (ids >= 0).long()  # (P, L)
-        self.lm, self.cache = lm, DynamicCache(config=lm.model.config)
-        embeds = lm.embedding[ids.clamp(min=0)]  # (P, L, D)
-        hidden = lm.hidden_states(embeds, self.cache, mask)[:, -1]  # (P, D)
+        self.lm, self.cache, self.mask = lm, DynamicCache(config=lm.model.config), mask
         self.head = lm.head.to(lm.dtype)  # cast once
-        self.logits = F.linear(hidden, self.head).repeat_interleave(group_size, 0)  # (N, V)
+        self.logits = self.run(lm.embedding[ids.clamp(min=0)]).repeat_interleave(group_size, 0)
         self.mask = mask.repeat_interleave(group_size, 0)  # (N, columns so far)
         self.cache.batch_repeat_interleave(group_size)
 
-    def feed(self, embeds):
-        """The next embeddings of each row, (B, L, D), mostly one -> logits after the last (B, V)"""
-        self.mask = F.pad(self.mask, (0, embeds.shape[1]), value=1)
+    def run(self, embeds):
+        """(B, L, D) -> logits after the last column (B, V)"""
         hidden = self.lm.hidden_states(embeds, self.cache, self.mask)[:, -1]  # (B, D)
         return F.linear(hidden, self.head)
+
+    def feed(self, embeds):
+        """The next embeddings of each row, (B, L, D), mostly one -> logits after them (B, V)"""
+        self.mask = F.pad(self.mask, (0, embeds.shape[1]), value=1)
+        return self.run(embeds)
 
     def keep(self, rows):
         """The others leave. rows (B,): bool"""
@@ -191,18 +200,19 @@ class Decoder:
 def log_probs_at(hidden, head, ids):
     """log softmax(hidden head^T) at ids: hidden (M, D), head (V, D), ids (M, K) -> (M, K) float32
 
-    Logits are by far the largest thing in an update: 62 GB for 256 rollouts of 400 steps and 152,000
-    tokens. So they exist for a few hundred steps at a time, 2^25 numbers, and the backward pass
-    makes them again.
+    Logits are by far the largest thing in an update: 62 GB for 256 rollouts of 400 steps and a
+    vocabulary of 152,000. So they exist for a few hundred steps at a time, 2^25 numbers, and the
+    backward pass makes them again.
     """
 
     def log_probs(hidden, ids):
         logits = F.linear(hidden, head).float()  # (chunk, V)
         return logits.gather(-1, ids) - logits.logsumexp(-1, keepdim=True)  # (chunk, K)
 
-    chunk = max(1, 2**25 // len(head))
+    chunk = 2**25 // len(head)
+    how = {"use_reentrant": False, "preserve_rng_state": False}  # nothing is random in it
     parts = zip(hidden.split(chunk), ids.split(chunk))
-    return torch.cat([checkpoint(log_probs, *part, use_reentrant=False) for part in parts])
+    return torch.cat([checkpoint(log_probs, *part, **how) for part in parts])
 
 
 def learning_rate(args, step):
@@ -214,11 +224,10 @@ def learning_rate(args, step):
 def describe_thought(tokenizer, ids, weights):
     """Latents as text, each as its four heaviest candidates: ids, weights (T, K) -> lines"""
     lines = []
-    for t in range(len(ids)):
-        z, slots = weights[t].sort(descending=True)  # (K,) each
-        words = [tokenizer.decode(i) for i in ids[t, slots[:4]]]
-        pairs = [f"{word!r} {weight:.2f}" for word, weight in zip(words, z) if weight > 0.005]
-        lines.append(f"latent {t + 1:2d}  " + "  ".join(pairs))
+    for t, order in enumerate(weights.argsort(descending=True)):  # (K,)
+        heaviest = [k for k in order[:4] if weights[t, k] > 0.005]
+        words = [f"{tokenizer.decode(ids[t, k])!r} {weights[t, k]:.2f}" for k in heaviest]
+        lines.append(f"latent {t + 1:2d}  " + "  ".join(words))
     return lines
 
 
@@ -240,7 +249,7 @@ class Run:
         self.folder = Path(args.resume or args.out or time.strftime(name))
         if RANK == 0 and not args.resume:
             if self.folder.exists():
-                raise UserError(f"{self.folder} is there already: --resume it, or give another --out")
+                raise UserError(f"{self.folder} is there already: --resume it, or give a new --out")
             self.folder.mkdir(parents=True)
             (self.folder / "log.jsonl").touch()
 

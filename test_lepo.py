@@ -34,10 +34,8 @@ PROMPTS = [[5, 6, 7], [8], [3, 4, 5, 6, 9, 10]]  # of different lengths
 
 def settings(**changed):
     """What the functions of lepo.py read of its arguments; nothing is cut off."""
-    values = dict(
-        tau=0.5, noise="gumbel", top_k=12, top_p=2.0, latent_steps=3, max_new_tokens=6,
-        text_only=False, device="cpu",
-    )  # fmt: skip
+    values = dict(tau=0.5, noise="gumbel", top_k=12, top_p=2.0, text_only=False, device="cpu")
+    values |= dict(latent_steps=3, max_new_tokens=6)
     return SimpleNamespace(**values | changed)
 
 
@@ -531,4 +529,4 @@ def test_on_trees_lepo_ends_far_above_grpo(tmp_path):
         results.append(json.loads((tmp_path / name / "result.json").read_text()))
     grpo, ours = results
     assert grpo["greedy"] < 0.6 and ours["greedy"] > grpo["greedy"] + 0.14
-    assert ours["sampled"] > grpo["sampled"] + 0.14 and ours["sampled"] > ours["sampled_before"] + 0.2
+    assert ours["sampled"] > max(grpo["sampled"] + 0.14, ours["sampled_before"] + 0.2)

@@ -46,5 +46,5 @@ def encode_one(lm, text, args):
         raise UserError(f"the tokenizer names token {max(ids)}, the model has {len(lm.embedding)}")
     most = getattr(lm.model.config, "max_position_embeddings", math.inf)
     if len(ids) + args.max_new_tokens > most:
-        raise UserError(f"a prompt of {len(ids)} tokens and --max_new_tokens exceed {most} positions")
+        raise UserError(f"{len(ids)} prompt tokens and --max_new_tokens exceed {most} positions")
     return ids

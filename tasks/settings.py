@@ -43,7 +43,7 @@ def add_shared_flags(parser):
     changes = f"go on with a run, which may change: {', '.join(sorted(MAY_CHANGE))}"
     add("--model", default="Qwen2.5-0.5B", help="hub id, Qwen name, local folder, chains or trees")
     add("--task", help="chains, trees, gsm8k, or a folder with train.jsonl and test.jsonl")
-    add("--kind", default="", help="chains: mixed, plus, minus, single; trees: depth,branching,exits")
+    add("--kind", default="", help="chains: mixed, plus, minus or single; trees: 2,2,4")
     add("--prompt", default=ASK, help="what follows a question of gsm8k or of a folder")
     number("steps", 100, 0, "training steps; 0 only evaluates")
     number("prompts_per_step", 32, RANKS, "P, problems in a batch, at least one for each GPU")
@@ -62,7 +62,7 @@ def add_shared_flags(parser):
 
 
 def parse_args(parser, presets, argv):
-    """A value is that of the command line, else the run to resume, else the task, else the default."""
+    """Of the command line, else of the run to resume, else of the task's preset, else the default"""
     add_shared_flags(parser)
     defaults = vars(parser.parse_args([]))
     nothing = argparse.Namespace(**dict.fromkeys(defaults))  # a flag that is not given stays None
@@ -81,7 +81,7 @@ def parse_args(parser, presets, argv):
 
 
 def default_task(model, presets):
-    """Without --task: that of the model, or of the run that trained it, else gsm8k. Without both: chains."""
+    """That of the model, or of the run that trained it, else gsm8k. Without a model: chains"""
     if model is None or model in presets:
         return model or "chains"
     trained_by = Path(model).parent / "result.json"

@@ -19,14 +19,13 @@ import argparse
 import json
 import re
 import sys
-import textwrap
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the root, since this file is run as a script
+sys.path.insert(0, f"{Path(__file__).parents[1]}")  # the root, since this file is run as a script
 import common
 import lepo
 import tasks
@@ -53,11 +52,12 @@ SCORES = [
 
 # --- 1. Runs --------------------------------------------------------------------------------------
 def read_lines(path):
-    """A file with JSON in every line -> list"""
+    """A file with JSON in every line -> list; what lepo.py calls greedy_length is length elsewhere"""
+    lines = path.read_text().replace("greedy_length", "length").splitlines()
     try:
-        return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        return [json.loads(line) for line in lines if line.strip()]
     except ValueError:
-        raise UserError(f"{path} has a line that is no JSON, or only half of it") from None
+        raise UserError(f"{path} has a line that is no JSON, or only half of it")
 
 
 def read_folder(folder):
@@ -70,9 +70,15 @@ def read_folder(folder):
     run = read_lines(folder / "result.json")[0]
     rows = read_lines(folder / "log.jsonl")
     args = run["args"]
-    if rows and rows[-1]["step"] + 1 != args["steps"]:  # it goes on with more steps
+    if len(rows) != args["steps"]:  # the run goes on, with more steps than it had
         return []
-    run |= {"name": folder.name, "seed": args["seed"], "steps": args["steps"], "curve": []}
+    run |= {
+        "name": folder.name,
+        "folder": f"{folder}",
+        "seed": args["seed"],
+        "steps": args["steps"],
+        "curve": [],
+    }
     if rows and "reward" in rows[0]:  # latent_sft.py has none
         run["zero_advantage"] = mean(row["zero_advantage"] for row in rows)
         run["curve"].append({"step": 0, "texts": 0, "greedy": run["greedy_before"]})
@@ -81,20 +87,17 @@ def read_folder(folder):
         for row in rows:
             texts += row.get("rollouts", args["prompts_per_step"] * args["group_size"])
             if "greedy" in row:
-                point = {"step": row["step"] + 1, "texts": texts, "greedy": row["greedy"]}
-                run["curve"].append(point)
+                greedy = row["greedy"]
+                run["curve"].append({"step": row["step"] + 1, "texts": texts, "greedy": greedy})
     return [run]
 
 
 def read_groups(paths, only):
-    """Run folders and .jsonl files -> {name without its seed: runs}
-
-    A folder that is given twice, or with its line, is one run.
-    """
+    """Run folders and .jsonl files -> {name without its seed: runs}; given twice, it is one run"""
     runs, groups = {}, defaultdict(list)
     for path in paths:
         for run in read_lines(path) if path.suffix == ".jsonl" else read_folder(path):
-            runs[run["name"]] = runs.get(run["name"], {}) | run
+            runs[run["name"]] = run
     for name, run in runs.items():
         if only.search(name):
             name = re.sub(r"-seed\d+", "", name)
@@ -103,8 +106,6 @@ def read_groups(paths, only):
             unlike = {key for key in ours | first if ours.get(key) != first.get(key)} - MAY_DIFFER
             if unlike:
                 raise UserError(f"runs named {name} differ in {', '.join(unlike)}: rename some")
-    if not groups:
-        raise UserError("none of these is a finished run: a folder with result.json, or a line")
     return groups
 
 
@@ -116,7 +117,7 @@ def lepo_thoughts(args, count):
     encoded = prompts.encode(lm, task, problems, args)
     roll = lepo.rollout(lm, encoded, 1, args.latent_steps, args, noise_free=True)
     roll.latents = roll.length.clamp(max=args.latent_steps)  # (P,)
-    right, _ = lepo.rewards_of(lm, task, roll, problems)  # (P, 1)
+    right = lepo.rewards_of(lm, task, roll, problems)[0]  # (P, 1)
     return lm, problems, roll, lepo.texts_of(lm, roll), right
 
 
@@ -135,46 +136,38 @@ def latent_grpo_thoughts(args, count):
 THINK = {"lepo": lepo_thoughts, "latent_grpo": latent_grpo_thoughts}
 
 
-def on_trees(run):
-    return "trees" in (run["args"].get("task"), run["args"].get("data"))  # data: in older lines
-
-
-def look(run, folder, number):
-    """Puts into a run its thought about problem `number`, each latent as {word: weight}"""
+def look(run, number, on_trees):
+    """Puts into a run its thought about problem `number`, and on trees what its thoughts hold"""
     args = argparse.Namespace(**run["args"])
-    count = max(number + 1, args.eval_problems * on_trees(run))
-    run["thought"] = {}
-    trained = f"{folder}/model"  # not in args.out: the folder may have moved
+    count = max(number + 1, args.eval_problems * on_trees)
+    thought = {}
+    trained = f"{run['folder']}/model"  # not in args.out: the folder may have moved
     for when, suffix, args.model in (("before", "_before", args.model), ("after", "", trained)):
         lm, problems, roll, texts, right = THINK[run["method"]](args, count)
-        words = []
-        for t in range(roll.latents[number]):
-            decoded = map(lm.tokenizer.decode, roll.ids[number, t].tolist())
-            words.append(dict(zip(decoded, roll.weights[number, t].tolist())))
-        run["thought"][when] = {"latents": words, "text": texts[number].strip()}
-        if on_trees(run):
+        latents = zip(roll.ids[number].tolist(), roll.weights[number].tolist())
+        words = [dict(zip(map(lm.tokenizer.decode, ids), weights)) for ids, weights in latents]
+        thought[when] = {"latents": words[: roll.latents[number]], "text": texts[number]}
+        if on_trees:
             answers = torch.tensor([lm.tokenizer.encode(f" {item.answer}") for item in problems])
             last = torch.arange(count), roll.latents - 1
             held = (roll.weights[last] * (roll.ids[last] == answers)).sum(1) >= 0.02  # (P,)
-            run["held" + suffix] = held.float().mean().item()
-            for name, share in (("right_held", right[held]), ("right_lost", right[~held])):
-                if len(share):
-                    run[name + suffix] = share.mean().item()
-    run["thought"] |= {"question": problems[number].question, "answer": problems[number].answer}
+            run[f"held{suffix}"] = held.float().mean().item()
+            run[f"right_held{suffix}"] = right[held].mean().item()
+            run[f"right_lost{suffix}"] = right[~held].mean().item()
+    run["thought"] = thought | vars(problems[number])
 
 
 # --- 3. Table -------------------------------------------------------------------------------------
 def scores_of(group, name):
-    """Of each run that has it; `length` is greedy_length in runs of lepo.py"""
-    scores = [run.get(name, run.get(name.replace("length", "greedy_length"))) for run in group]
-    return [score for score in scores if score is not None]
+    return [run[name] for run in group if name in run]
 
 
-def print_table(groups):
+def print_table(runs, groups):
     """Markdown, a row for each group: the mean before → mean ± standard deviation after"""
-    names = [name for name in SCORES if any(scores_of(group, name) for group in groups.values())]
-    print("| runs | seeds | steps | seconds |", " | ".join(names), "|")
-    print("|---" * (len(names) + 4) + "|")
+    names = [name for name in SCORES if scores_of(runs, name)]
+    header = f"| runs | seeds | steps | seconds | {' | '.join(names)} |"
+    print(header)
+    print(re.sub("[^|]+", "---", header))
     for title, group in groups.items():
         seconds = mean(run.get("seconds", 0) for run in group)
         row = f"| {title} | {len(group)} | {group[0]['steps']} | {seconds:.0f} |"
@@ -192,31 +185,33 @@ def print_gains(groups):
     first, *others = groups
     for name in others:
         for score in ("greedy", "sampled"):
-            base = {run["seed"]: run[score] for run in groups[first] if score in run}
-            same = [run for run in groups[name] if score in run and run["seed"] in base]
-            gains = [run[score] - base[run["seed"]] for run in same]
+            pairs = zip(groups[name], groups[first])  # both in the order of their seeds
+            gains = [
+                run[score] - other[score]
+                for run, other in pairs
+                if score in run.keys() & other.keys() and run["seed"] == other["seed"]
+            ]
             if len(gains) == 5:
                 gain = mean(gains)
                 half = 2.776 * stdev(gains) / 5**0.5  # Student's t, 4 degrees of freedom
-                print(f"{name} - {first}, {score}: {gain:+.3f}, 95 % interval", end=" ")
-                print(f"{gain - half:+.3f} to {gain + half:+.3f}")
+                interval = f"95 % interval {gain - half:+.3f} to {gain + half:+.3f}"
+                print(f"{name} - {first}, {score}: {gain:+.3f}, {interval}")
 
 
 # --- 4. Figures -----------------------------------------------------------------------------------
 def draw_curves(groups, over, axis):
-    """Noise-free accuracy: mean over seeds, and a band from the worst to the best"""
+    """Noise-free accuracy, the mean over seeds; how far they spread is in the table"""
     for name, group in groups.items():
         evaluations = list(zip(*(run["curve"] for run in group)))  # each of all seeds
         xs = [mean(point[over] for point in points) for points in evaluations]
-        ys = [[point["greedy"] for point in points] for points in evaluations]
-        axis.plot(xs, list(map(mean, ys)), label=f"{name} ({len(group)} seeds)")
-        axis.fill_between(xs, list(map(min, ys)), list(map(max, ys)), alpha=0.15)
+        ys = [mean(point["greedy"] for point in points) for points in evaluations]
+        axis.plot(xs, ys, label=name)
     axis.set(xlabel=over, ylabel="noise-free accuracy, held-out", ylim=(0, 1.02))
     axis.legend()
 
 
 def draw_trees(edges, entrance, exits, axis):
-    """The tree below the entrance on the left, the other one on the right, exits red"""
+    """The tree below the entrance on the left, the other one on the right; exits have a frame"""
     roots = {parent for parent, _ in edges} - {child for _, child in edges}
     places = {}
     for side, root in enumerate([entrance, *roots - {entrance}]):
@@ -224,87 +219,76 @@ def draw_trees(edges, entrance, exits, axis):
             for i, node in enumerate(level):
                 places[node] = side + (i + 0.5) / len(level), -depth
     for edge in edges:
-        axis.plot(*zip(*map(places.get, edge)), color="0.7", zorder=0)
+        axis.plot(*zip(*map(places.get, edge)), color="0.7")
     for node, place in places.items():
-        color = "red" if node in exits else "black"
-        axis.text(*place, node, color=color, backgroundcolor="white", ha="center", va="center")
+        frame = {"facecolor": "white", "edgecolor": "black" if node in exits else "white"}
+        axis.text(*place, node, ha="center", va="center", bbox=frame)
+    axis.axis("off")
 
 
-def draw_thought(run, axes):
-    """A row for each latent, a column for each word, weights as shades; beside it the problem"""
-    thought = run["thought"]
-    latents = thought["before"]["latents"] + thought["after"]["latents"]
-    words = dict.fromkeys(word for latent in latents for word in latent if latent[word] > 0.02)
-    for when in ("before", "after"):
-        shades = [[latent.get(word, 0) for word in words] for latent in thought[when]["latents"]]
-        axes[when].imshow(shades, cmap="Blues", aspect="auto", vmin=0, vmax=0.6)
-        axes[when].set_xticks(range(len(words)), words)
-        text = thought[when]["text"][-50:]  # its end, where the answer is
-        axes[when].set(yticks=[], ylabel="latents", title=f"{when} training: {text}")
-    axes["problem"].set_title(f"the answer is {thought['answer']}")
-    axes["problem"].axis("off")
-    if on_trees(run):
-        draw_trees(*trees.read_problem(thought["question"]), axes["problem"])
-    else:
-        axes["problem"].text(0, 0.5, textwrap.fill(thought["question"], 40))
+def draw(path, groups, over, run):
+    """Learning curves, and above them the thought of a run before and after training
 
-
-def draw(path, groups, over, run=None):
-    """Learning curves, and above them the thought of a run"""
+    A row for each latent, a column for each word, weights as shades.
+    """
     from matplotlib.figure import Figure  # here, because tables do without it
 
-    rows = [["problem", "before", "after"], ["curves"] * 3] if run else [["curves"]]
-    figure = Figure(figsize=(12, 4 * len(rows)), layout="constrained")
-    axes = figure.subplot_mosaic(rows)
-    draw_curves(groups, over, axes["curves"])
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    rows = "tba;ccc" if "held" in run else "ba;cc"  # the trees, before, after; the curves
+    axes = figure.subplot_mosaic(rows if run else "c")
+    draw_curves(groups, over, axes["c"])
     if run:
-        draw_thought(run, axes)
-    figure.savefig(path, dpi=100)
+        thought = run["thought"]
+        figure.suptitle(f"{thought['question']}   (answer: {thought['answer']})", wrap=True)
+        latents = thought["before"]["latents"] + thought["after"]["latents"]
+        words = dict.fromkeys(word for latent in latents for word in latent if latent[word] > 0.02)
+        for when in ("before", "after"):
+            latents = thought[when]["latents"]
+            shades = [[latent.get(word, 0) for word in words] for latent in latents]
+            axis = axes[when[0]]
+            axis.imshow(shades, cmap="Blues", aspect="auto", vmax=0.6)
+            axis.set(xticks=range(len(words)), xticklabels=words, ylabel="latents")
+            axis.set_title(f"{when} training: {thought[when]['text'][-60:]}")  # its end: the answer
+    if "t" in axes:
+        draw_trees(*trees.read_problem(thought["question"]), axes["t"])
+    try:
+        figure.savefig(path)
+    except ValueError as error:  # a type of picture that is not known
+        raise UserError(error)
 
 
 # --- 5. main --------------------------------------------------------------------------------------
-def picture(path):
-    if not path.endswith((".png", ".pdf")):
-        raise argparse.ArgumentTypeError("a picture ends in .png or .pdf")
-    return path
-
-
-def pattern(text):
-    try:
-        return re.compile(text)
-    except re.error as error:
-        raise argparse.ArgumentTypeError(error) from None
-
-
 def main(argv=None):
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description="The first page of the file explains the flags.")
     add = parser.add_argument
-    add("runs", nargs="+", type=Path, help="run folders, and .jsonl files with a run in every line")
-    add("--only", type=pattern, default="", help="regular expression for names")
-    add("--figure", type=picture, help="learning curves to draw")
-    add("--over", default="step", choices=["step", "texts"], help="horizontal axis of the curves")
-    add("--thought", type=picture, help="thought to draw")
-    add("--problem", type=int, default=0, help="the held-out problem that it is about")
-    add("--jsonl", type=Path, help="file to write")
-    args = parser.parse_args(argv)
+    add("runs", nargs="+", type=Path)
+    add("--only", default="", type=re.compile)
+    add("--figure")
+    add("--over", default="step", choices=["step", "texts"])
+    add("--thought")
+    add("--problem", type=int, default=0)
+    add("--jsonl", type=Path)
+    try:
+        args = parser.parse_args(argv)
+    except re.error as error:
+        raise UserError(f"--only is no regular expression: {error}")
     groups = read_groups(args.runs, args.only)
-    runs = [run for group in groups.values() for run in group]
-    folders = {folder.name: folder for folder in args.runs}
-    for run in runs:
-        can_look = run["name"] in folders and run["method"] in THINK and "thought" not in run
-        if can_look and (args.thought or on_trees(run)):
-            look(run, folders[run["name"]], args.problem)
-    thinking = [run for run in runs if "thought" in run]
-    print_table(groups)
+    runs = sum(groups.values(), [])
+    thinking = [run for run in runs if "thought" in run or "folder" in run and run["method"] in THINK]
+    if not runs or args.thought and not thinking:
+        raise UserError("no finished run, or for --thought none of lepo.py or latent_grpo.py")
+    for run in thinking:
+        on_trees = run["args"].get("task") == "trees"
+        if "thought" not in run and (on_trees or args.thought and run is thinking[0]):
+            look(run, args.problem, on_trees)
+    print_table(runs, groups)
     print_gains(groups)
+    if args.jsonl:
+        args.jsonl.write_text("".join(f"{json.dumps(run)}\n" for run in runs))
     if args.figure:
-        draw(args.figure, groups, args.over)
-    if args.thought and not thinking:
-        raise UserError("--thought needs the folder of a run of lepo.py or latent_grpo.py")
+        draw(args.figure, groups, args.over, {})
     if args.thought:
         draw(args.thought, groups, args.over, thinking[0])
-    if args.jsonl:
-        args.jsonl.write_text("\n".join(json.dumps(run) for run in runs))
 
 
 if __name__ == "__main__":
