@@ -24,11 +24,11 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from tasks import UserError, prompts
+from tasks import UserError, encoding
 
 # --- 1. Ranks: the processes that torchrun starts, one for each GPU -------------------------------
-# Each rank takes its share of the prompts of a step. What they exchange is sums: of gradients and of
-# metrics. A mean over ranks is a sum over ranks divided by a count over ranks.
+# Each rank takes its share of the prompts of a step. What they exchange is sums: of gradients, and
+# of metrics. A mean over ranks is the sum of all sums divided by the sum of all counts.
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 progress = functools.partial(tqdm, disable=RANK > 0 or None)  # None: a bar on a terminal only
 
@@ -51,9 +51,10 @@ def sum_over_ranks(tensor):
 
 def sum_gradients_over_ranks(model):
     for weight in model.parameters():
-        if weight.grad is None:  # no group of this rank taught anything
-            weight.grad = torch.zeros_like(weight)
-        sum_over_ranks(weight.grad)
+        if weight.requires_grad:
+            if weight.grad is None:  # no group of this rank taught anything
+                weight.grad = torch.zeros_like(weight)
+            sum_over_ranks(weight.grad)
 
 
 def mean_over_ranks(values):
@@ -118,7 +119,7 @@ class LanguageModel:
 def load_model(args):
     """-> LanguageModel without dropout, in the update too: a replay must equal its rollout"""
     transformers.logging.disable_progress_bar()
-    path = prompts.model_path(args.model)
+    path = encoding.model_path(args.model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(
@@ -142,7 +143,7 @@ def end_tokens(model, tokenizer):
     """All of them: with one of Qwen2.5's two, half of the texts would never end."""
     ids = model.generation_config.eos_token_id
     named = ids if isinstance(ids, list) else [ids]
-    named += [tokenizer.eos_token_id, *prompts.end_of_turn(tokenizer)]
+    named += [tokenizer.eos_token_id, *encoding.end_of_turn(tokenizer)]
     return sorted(set(named) - {None})
 
 

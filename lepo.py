@@ -2,40 +2,44 @@ r"""LEPO, Latent Reasoning Policy Optimization (arXiv 2604.17892), in one file t
 
     python lepo.py                           # a tiny model learns on a laptop CPU, about a minute
     python lepo.py --task trees              # where soft tokens are worth more than words
-    python lepo.py --latent_steps 0          # the baseline: plain GRPO, exactly
-    python lepo.py --model Qwen2.5-0.5B      # GSM8K on one GPU; torchrun --nproc_per_node=8 lepo.py
+    python lepo.py --latent_steps 0          # the baseline: plain GRPO
+    python lepo.py --model Qwen2.5-0.5B      # GSM8K on one GPU
     python lepo.py --model runs/X/model --ask "16 + 5 - 9"      # see a trained model think
 
 A language model usually thinks in words: at every step it commits to one token. LEPO lets it think
 its first `latent_steps` steps in *soft tokens* and only then write text. A soft token is a random
-mixture of token embeddings. It is drawn with Gumbel noise, so the rollouts of one prompt explore
-different latent thoughts. A verifier reads the text and pays 1 or 0. Then one policy gradient, with
-the same formula at latent and at text steps, makes the thoughts and the texts of the better
-rollouts likelier.
+mixture of token embeddings. It is drawn with Gumbel noise, so the rollouts of one prompt, a group,
+explore different latent thoughts. A verifier reads each rollout and pays 1 or 0. Then one policy
+gradient, with the same formula at latent and at text steps, makes the thoughts and the texts of the
+better rollouts likelier.
 
 At step t the model has seen the prompt q and the embeddings e_<t. It gives logits a_t over the
 vocabulary. pi_t = softmax(a_t) is its policy.
 
-  (1)  candidates:      C_t = the top_k tokens of pi_t, cut to the fewest whose mass reaches top_p
+  (1)  candidates:      C_t = the top_k likeliest tokens, cut to the fewest that hold the share
+                        top_p of their probability
   (2)  soft token:      z_t = softmax((a_t + g) / tau) on C_t,  g_k ~ Gumbel(0, 1) iid
-       A text step draws one token from pi_t. Its z_t is one-hot, as in (2) for tau -> 0.
+       A text step draws one token from all of pi_t, and its z_t is one-hot. Without (1) that would
+       be (2) for tau -> 0.
   (3)  next input:      e_t = sum_k z_tk E[k],  E: the embeddings of the tokens
-  (4)  advantage:       A_i = (r_i - mean r) / (std r + 1e-4),  r: the rewards of a group
-  (5)  log-probability: L_t = sum_k z_tk log pi_t(k)
+  (4)  advantage:       A_i = (r_i - mean r) / (std r + 1e-4),  r_i: reward of rollout i of a group
+  (5)  log-probability: L_it = sum_k z_tk log pi_t(k)
   (6)  objective:       J = sum_it A_i L_it / (number of steps of the batch)
 
-(5) is the paper's unification. The mixture that was executed is a soft label: the gradient of L_t
+(5) is the paper's unification. The mixture that was executed is a soft label: the gradient of L_it
 with respect to the logits a_t is z_t - pi_t. For a one-hot z_t that is the gradient of an ordinary
-token's log-probability. Nothing is differentiated through the sampling, or through time.
+token's log-probability. z_t is a constant, so nothing is differentiated through the sampling. The
+rest is ordinary backpropagation.
 
 What (5) is and is not. For tau > 0 it is not the log of a density: its gradient has the mean
 E[z] - pi and not 0, so the policy gradient is biased. On small vocabularies its direction is nearly
-right (cosine above .99 for smooth rewards) and it is too short, by a factor of 0.8 at tau .3. The
-exact density of z is unbiased, but each candidate adds about one unit of variance, however
-improbable it is. test_lepo.py proves these statements, in the order of this file.
+right (cosine above .99 where the reward is a smooth function of z), and its length is .8 of the
+true one at tau .3. The exact density of z, the Gumbel-Softmax or Concrete distribution, has no
+bias, but the squared length of its gradient grows by about 1 with each candidate, however
+improbable that is. test_lepo.py checks these statements, in the order of this file.
 
 The code follows the paper and its authors' code (github.com/YuyanZhou/lepo, a trainer on TRL).
-Where it departs from that code, a comment that begins with "Official code" says so, and why.
+Where it departs from that code, a paragraph that begins with "Official code" says so, and why.
 """
 
 import time
@@ -48,15 +52,16 @@ from transformers import DynamicCache
 
 import common
 import tasks
-from tasks import prompts, settings
+from tasks import encoding, settings
 
 # --- 1. Settings ----------------------------------------------------------------------------------
-# The defaults are the paper's, from its run with Qwen2.5-3B. A built-in task needs others.
+# The defaults of the method's own flags are the paper's, from its run with Qwen2.5-3B. All other
+# flags are in tasks/settings.py. A built-in task needs other values.
 PRESETS = {
     "chains": dict(
         model="chains",
-        kind="mixed",  # signs
-        latent_steps=12,  # an operation takes six tokens: the first two of two to five are latent
+        kind="mixed",  # + and -
+        latent_steps=12,  # two operations of six tokens each; a chain has two to five
         max_new_tokens=40,
         tau=0.5,  # within the paper's .3 to .6
         lr=3e-4,  # the best of 1e-4, 3e-4, 6e-4: a small model takes larger steps
@@ -65,10 +70,10 @@ PRESETS = {
     "trees": dict(
         model="trees",
         kind="2,2,4",  # depth, branching, exits
-        latent_steps=3,  # a walk: entrance, child, leaf
+        latent_steps=3,  # a walk: entrance, one of two children, one of four leaves
         max_new_tokens=8,
-        tau=20.0,  # all nodes in reach weigh nearly the same
-        top_k=6,  # in reach are four leaves at most
+        tau=20.0,  # so that the nodes in reach weigh nearly the same
+        top_k=6,  # room for the four leaves; 8 was no better
         top_p=0.995,
         lr=2e-4,
         steps=150,
@@ -80,7 +85,7 @@ PRESETS = {
 def parse_args(argv=None):
     about = "LEPO and, with --latent_steps 0, GRPO. The first page of the file explains both."
     parser = settings.make_parser("lepo.py", about, PRESETS)
-    number, add = parser.add_number, parser.add_argument
+    number, add = parser.add_number, parser.add_argument  # number: name, default, least value, help
     number("latent_steps", 64, 0, "soft tokens before the text; 0 is plain GRPO")
     number("tau", 0.3, 1e-3, "of (2); smaller is nearer to discrete tokens")
     number("top_k", 30, 1, "most candidates of a soft token, in (1)")
@@ -97,12 +102,12 @@ def parse_args(argv=None):
 
 # --- 2. The soft token: equations (1) and (2) -----------------------------------------------------
 # Two functions turn the logits of a step into what is executed: ids (B, K) and weights (B, K) that
-# sum to 1. One does it for a latent step, the other for a text step, and nothing behind them has to
-# know which it was. The weights are constants from here on.
+# sum to 1. One serves latent steps, the other text steps. The rest of the file need not know which
+# of them made a step. The weights are constants from here on.
 # The noise is what makes the thoughts of one prompt differ. Without it (--noise none) all rollouts
 # of a group think the same, and a reward cannot tell a good thought from a bad one.
 def candidates(logits, args):
-    """Equation (1): logits (B, V) -> ids (B, K), log-probabilities (B, K)
+    """Equation (1): logits (B, V) -> ids (B, K), log-probabilities among the top_k (B, K)
 
     In descending order, and -inf for what is cut: of .6, .3, .1 at top_p .8 two candidates stay.
     """
@@ -130,8 +135,10 @@ def text_token(logits, args, noise_free):
     """An ordinary token in the form of a soft one: logits (B, V) -> ids (B, K), weights (B, K)
 
     All its weight is in the first of K slots. It is drawn from the full softmax, which (5) scores.
-    Official code: (1) filters text too. Then (5) pushes up words that are never drawn, wherever the
-    model has to guess and is often wrong. test_lepo.py shows this drift.
+
+    Official code: (1) filters text too. Each draw that is punished then pushes up all other tokens,
+    also those that are never drawn and so never punished. Where the model has to guess and is
+    mostly wrong, they win in the end. test_lepo.py shows this drift.
     """
     if noise_free:
         token = logits.argmax(-1, keepdim=True)  # (B, 1)
@@ -143,8 +150,9 @@ def text_token(logits, args, noise_free):
 
 
 # --- 3. Rollout: equation (3) ---------------------------------------------------------------------
-# Soft tokens, then text, until an end token or the cap. What was executed is stored, so that the
-# update can replay it. The decoder holds the KV cache and runs a prompt once for all its rollouts.
+# Soft tokens, then text, until an end token or the cap. A thought can end a rollout too: when its
+# heaviest candidate is an end token. What was executed is stored, so that the update can replay it.
+# The decoder holds the KV cache and runs a prompt once for all its rollouts.
 @dataclass
 class Rollout:
     """N = P * G rollouts of at most T steps. Row n continues prompt n // G."""
@@ -172,6 +180,7 @@ def rollout(lm, prompts, group_size, latent_steps, args, noise_free=False):
     """G rollouts for each of P prompts -> Rollout
 
     noise_free: soft tokens without noise and greedy text. All rollouts of a prompt are then equal.
+
     Official code: a latent step appears in the text as the likeliest token before noise, which was
     not what the model executed.
     """
@@ -209,9 +218,10 @@ def texts_of(lm, roll):
 
 
 # --- 4. Reward and advantages: equation (4) -------------------------------------------------------
-# The verifier reads text and nothing else. A group that is all right or all wrong teaches nothing.
+# The verifier reads a rollout as text, in which each latent step is its heaviest candidate. A group
+# that is all right or all wrong teaches nothing.
 # Official code: math-verify also accepts an answer outside of \boxed{}. Here that is the flexible
-# reward, which is logged and not trained on. While the two differ, the model lacks the form.
+# reward, which is logged and not trained on. Where it is higher, only the form was wrong.
 def rewards_of(lm, task, roll, problems):
     """-> strict rewards (P, G) and flexible ones (P, G)"""
     texts = texts_of(lm, roll)
@@ -225,36 +235,36 @@ def group_advantages(rewards):
     """Equation (4): rewards (P, G) -> advantages (P, G), with the unbiased standard deviation
 
     Rewards 1, 1, 0, 0 give .87, .87, -.87, -.87. The only right rollout of four gets 1.5 and the
-    others -.5: what succeeds rarely is pushed harder. Equal rewards give exactly 0, because the
-    first is subtracted before anything is rounded: in float32 the mean of eight 7.7 is not 7.7.
+    others -.5: what succeeds rarely is pushed harder. Equal rewards give exactly 0, also those of a
+    fork that pays eight times 7.7, whose mean in float32 is not 7.7.
     """
-    rewards = rewards - rewards[:, :1]  # a constant changes no advantage
+    rewards = rewards - rewards[:, :1]  # changes no advantage, and equal rewards become zeros
     return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
 
 
 # --- 5. Log-probability: equation (5) -------------------------------------------------------------
 # A rollout is replayed: the prompt and the stored mixtures run through the model in one pass, with
-# gradients. The logits are those of the rollout, up to rounding. A group has one prompt, so that
-# runs once. Shorter rollouts are padded on the right, where causal attention never looks, so there
-# is no mask.
+# gradients. The logits are those of the rollout, up to rounding. A group has one prompt, so the
+# prompt runs once. Shorter rollouts are padded on the right, where causal attention never looks, so
+# there is no mask.
 # Official code: e_t is a constant. Here it is mixed anew, so that E learns as an input as well.
 def replay(lm, roll, group, group_size, args):
-    """Equation (5) for the rollouts of one group -> L (G, T), 0 at steps that were not executed"""
+    """Equation (5) for the rollouts of one group -> L (G, T), 0 at steps that do not count"""
     rows = slice(group * group_size, (group + 1) * group_size)
     length = roll.length[rows, None]  # (G, 1)
-    steps = max(2, int(length.max()))  # T of this group; 2, because a model must be fed something
+    steps = max(2, int(length.max()))  # T, here of this group; 2, so that something is fed below
     ids, weights = roll.ids[rows, :steps], roll.weights[rows, :steps]  # (G, T, K)
     step = torch.arange(steps, device=ids.device)  # (T,)
-    first = args.latent_steps if args.text_only else 0
-    scored = (step >= first) & (step < length)  # (G, T), of which M are true
+    trained_from = args.latent_steps if args.text_only else 0
+    scored = (step >= trained_from) & (step < length)  # (G, T), of which M are true
     prompt = torch.tensor([roll.prompts[group]], device=ids.device)  # (1, L)
     with lm.autocast():
-        cache = DynamicCache(config=lm.model.config)
-        before = lm.hidden_states(lm.embedding[prompt], cache)[:, -1:]  # (1, 1, D)
+        cache = DynamicCache(config=lm.model.config)  # hidden_states reads it and adds to it
+        prompt_end = lm.hidden_states(lm.embedding[prompt], cache)[:, -1:]  # (1, 1, D)
         cache.batch_repeat_interleave(group_size)
         thought = mix(lm.embedding, ids, weights)[:, :-1]  # (G, T - 1, D), the last is never fed
         later = lm.hidden_states(thought, cache)  # (G, T - 1, D)
-        hidden = torch.cat([before.expand(group_size, -1, -1), later], 1)  # (G, T, D)
+        hidden = torch.cat([prompt_end.expand(group_size, -1, -1), later], 1)  # (G, T, D)
         log_pi = common.log_probs_at(hidden[scored], lm.head, ids[scored])  # (M, K)
     log_probs = torch.zeros(scored.shape, device=ids.device)  # (G, T)
     log_probs[scored] = (weights[scored] * log_pi).sum(-1)  # equation (5)
@@ -265,20 +275,20 @@ def replay(lm, roll, group, group_size, args):
 # Group by group, so that the activations of one group are in memory at a time. All steps of the
 # batch share one denominator, so an update does not depend on how the batch is cut.
 # Official code: a mean for each rollout first, which gives more weight to the steps of short ones.
-# It has PPO's clipped ratio at text steps, but with one update for a batch, as in its settings,
-# that is always 1. It has a KL term, which its settings switch off.
+# PPO's clipped ratio at text steps: with one update for a batch, as in its settings, the ratio is
+# always 1 and its gradient is that of (5). And a KL term, which its settings switch off.
 def update(lm, optimizer, roll, advantages, args):
     """One optimiser step; advantages (P, G) -> norm of the gradient, before it is bounded by 1"""
     optimizer.zero_grad()
-    steps = common.sum_over_ranks(roll.length.sum().float())
-    for group, group_advantages in enumerate(advantages):
-        if not group_advantages.any():  # nothing to learn, though its steps count
+    all_steps = common.sum_over_ranks(roll.length.sum().float())
+    for group, advantage in enumerate(advantages):  # (G,) each
+        if not advantage.any():  # nothing to learn, though its steps count
             continue
-        log_probs = replay(lm, roll, group, len(group_advantages), args)  # (G, T)
-        objective = (group_advantages[:, None] * log_probs).sum() / steps  # equation (6)
+        log_probs = replay(lm, roll, group, len(advantage), args)  # (G, T)
+        objective = (advantage[:, None] * log_probs).sum() / all_steps  # equation (6)
         (-objective).backward()
     common.sum_gradients_over_ranks(lm.model)
-    grad_norm = torch.nn.utils.clip_grad_norm_(lm.model.parameters(), 1.0)  # the paper's bound
+    grad_norm = torch.nn.utils.clip_grad_norm_(lm.model.parameters(), 1.0)
     if not grad_norm.isfinite():
         raise common.UserError("the gradient is not finite: --resume the run with a lower --lr")
     optimizer.step()
@@ -295,18 +305,18 @@ def evaluate(lm, task, problems, args, full):
     torch.manual_seed(12345 + common.RANK)
     mine = problems[common.RANK :: common.RANKS]
     ways = [
-        ("greedy", 1, args.latent_steps),
-        ("sampled", args.group_size, args.latent_steps),
-        ("greedy_no_latents", 1, 0),
+        ("greedy", 1, args.latent_steps, True),
+        ("sampled", args.group_size, args.latent_steps, False),
+        ("greedy_no_latents", 1, 0, True),
     ]
     scores = {}
-    for name, samples, latent_steps in ways if full else ways[:1]:
+    for name, samples, latent_steps, noise_free in ways if full else ways[:1]:
         parts = []
         size = args.prompts_per_step * args.group_size // samples // common.RANKS  # as in training
         for start in common.progress(range(0, len(mine), size), desc=name, leave=False):
             part = mine[start : start + size]
-            encoded = prompts.encode(lm, task, part, args)
-            roll = rollout(lm, encoded, samples, latent_steps, args, noise_free=samples == 1)
+            encoded = encoding.encode(lm, task, part, args)
+            roll = rollout(lm, encoded, samples, latent_steps, args, noise_free)
             strict, flexible = rewards_of(lm, task, roll, part)
             parts.append(torch.stack([strict, flexible, roll.length.view_as(strict)]))
         strict, flexible, length = torch.cat(parts, 1)  # (problems of this rank, samples) each
@@ -325,7 +335,7 @@ def describe(lm, roll, n, args):
 
 def ask(lm, task, args):
     """What the model thinks about a question: without noise, and three times with it"""
-    encoded = prompts.encode(lm, task, [tasks.Problem(args.ask, "")], args)
+    encoded = encoding.encode(lm, task, [tasks.Problem(args.ask, "")], args)
     torch.manual_seed(args.seed)
     for noise_free in (True, False, False, False):
         roll = rollout(lm, encoded, 1, args.latent_steps, args, noise_free)
@@ -335,9 +345,13 @@ def ask(lm, task, args):
 
 def metrics_of(roll, strict, flexible, advantages, args):
     """What a batch of rollouts looked like -> dict of means over all ranks"""
-    metrics = {"reward": strict, "flexible": flexible, "length": roll.length}
-    metrics["ended"] = roll.length < args.max_new_tokens
-    metrics["zero_advantage"] = advantages == 0
+    metrics = {
+        "reward": strict,
+        "flexible": flexible,
+        "length": roll.length,
+        "ended": roll.length < args.max_new_tokens,
+        "zero_advantage": advantages == 0,
+    }
     if args.latent_steps:
         z = roll.weights[:, : args.latent_steps]  # (N, latent steps, K)
         executed = z.sum(-1) > 0  # (N, latent steps)
@@ -352,16 +366,17 @@ def main(argv=None):
     task = tasks.find(args.task)
     lm = common.load_model(args)
     args.top_k = min(args.top_k, len(lm.embedding))
-    print("settings:", vars(args))
     if args.ask:
         return ask(lm, task, args)
     held_out = task.problems(args, "test", 0, args.eval_problems)
     task.problems(args, "train", 0, 1)  # a malformed line ends the run here, before it begins
-    weights = lm.model.parameters()
-    optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.99), weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW(
+        lm.model.parameters(), betas=(0.9, 0.99), weight_decay=0.1, fused=True
+    )
     run = common.Run(args, "lepo" if args.latent_steps else "grpo", lm, optimizer)
-    print("run folder:", run.folder)
+    print(f"run folder {run.folder}, settings {vars(args)}")
     first, before = run.start()
+    run.save(first, before)  # from here on a run that was killed can go on
     before = before or evaluate(lm, task, held_out, args, full=True)
     print("before:", before)
     for step in common.progress(range(first, args.steps), initial=first, total=args.steps):
@@ -369,10 +384,11 @@ def main(argv=None):
             run.save(step, before)
         # Problems and noise follow from seed, step and rank: a resumed run goes on as it would have
         began, count = time.time(), args.prompts_per_step
-        problems = task.problems(args, "train", step * count, count)[common.RANK :: common.RANKS]
+        batch = task.problems(args, "train", step * count, count)
+        problems = batch[common.RANK :: common.RANKS]
         torch.manual_seed(hash((args.seed, step, common.RANK)))
 
-        encoded = prompts.encode(lm, task, problems, args)
+        encoded = encoding.encode(lm, task, problems, args)
         roll = rollout(lm, encoded, args.group_size, args.latent_steps, args)
         strict, flexible = rewards_of(lm, task, roll, problems)  # (P, G)
         advantages = group_advantages(strict)  # (P, G)

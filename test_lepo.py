@@ -123,14 +123,16 @@ def test_a_worked_soft_token():
     args = settings(top_k=2)
     for noise_free, args.noise in ((True, "gumbel"), (False, "none")):
         ids, weights = lepo.soft_token(logits, args, noise_free)
-        assert ids.tolist() == [[1, 2]] and torch.allclose(weights, torch.tensor([[0.8, 0.2]]))
+        assert ids.tolist() == [[1, 2]]
+        assert torch.allclose(weights, torch.tensor([[0.8, 0.2]]))
 
 
 def test_the_noise_is_gumbel():
     """The difference of two Gumbels is logistic: equation (2) undone, in 20 equally likely bins."""
     torch.manual_seed(0)
     z = draw(20_000, 0.5).double()
-    difference = 0.5 * (z[:, 0] / z[:, 1]).log() - (PI[0] / PI[1]).log()
+    z_ratio, pi_ratio = z[:, 0] / z[:, 1], PI[0] / PI[1]
+    difference = 0.5 * z_ratio.log() - pi_ratio.log()
     counts = torch.histc(difference.sigmoid().float(), 20, 0, 1)  # uniform, if logistic
     assert ((counts - 1000) ** 2 / 1000).sum() < 43.82  # chi-square, 19 degrees of freedom
 
@@ -163,7 +165,8 @@ def test_filtered_text_would_drift():
         objective = -(drawn_from * logits.log_softmax(-1)).sum()
         means += torch.autograd.grad(objective, logits)
     assert means[0].abs().max() < 1e-6
-    assert means[1][0, 3:].min() > 0.01 and means[1][0, :3].max() < 0
+    assert means[1][0, 3:].min() > 0.01
+    assert means[1][0, :3].max() < 0
 
 
 # --- 3. Rollout -----------------------------------------------------------------------------------
@@ -194,7 +197,8 @@ def test_a_replay_equals_its_rollout(latent_steps, top_p, monkeypatch):
     seen = watch(monkeypatch)
     roll = roll_out(lm, args, group_size=8)
     mask = executed(roll)
-    assert roll.length.unique().numel() > 3 and (roll.length == 8).any()
+    assert roll.length.unique().numel() > 3
+    assert (roll.length == 8).any()
     assert torch.allclose(roll.weights.sum(-1), mask.float())
     assert (roll.weights[:, latent_steps:].amax(-1)[mask[:, latent_steps:]] == 1).all()
     replayed = [lepo.replay(lm, roll, group, 8, args).detach() for group in range(3)]
@@ -203,7 +207,8 @@ def test_a_replay_equals_its_rollout(latent_steps, top_p, monkeypatch):
     assert len(seen) == 8
     for t, (embeds, logits) in enumerate(seen[:-1]):
         rows = (roll.length > t + 1).nonzero().squeeze(-1)  # those that step t was fed to
-        now, after = (torch.stack([dense(roll, n)[i] for n in rows]) for i in (t, t + 1))
+        now = torch.stack([dense(roll, n)[t] for n in rows])  # (rows, V)
+        after = torch.stack([dense(roll, n)[t + 1] for n in rows])
         assert torch.allclose(now @ lm.embedding, embeds[:, 0], atol=1e-5)
         expected = (after * logits.log_softmax(-1)).sum(-1)
         assert torch.allclose(ours[rows, t + 1], expected, atol=2e-5)
@@ -255,7 +260,8 @@ def test_advantages():
     rewards = torch.tensor([[1.0, 1, 0, 0], [1, 0, 0, 0]])
     ours = lepo.group_advantages(rewards)
     expected = torch.tensor([[0.866, 0.866, -0.866, -0.866], [1.5, -0.5, -0.5, -0.5]])
-    assert torch.allclose(ours, expected, atol=1e-3) and ours.sum(1).abs().max() < 1e-6
+    assert torch.allclose(ours, expected, atol=1e-3)
+    assert ours.sum(1).abs().max() < 1e-6
     assert torch.allclose(lepo.group_advantages(3 + rewards), ours, atol=1e-6)
 
 
@@ -345,7 +351,7 @@ def test_the_gradient_on_a_two_step_chain_is_that_of_the_expected_reward():
     args = settings(latent_steps=1, max_new_tokens=2, tau=1e-3, top_k=5)
     lm = random_model(vocabulary=5, seed=2, scale=3.0)
     lm.stop_ids = torch.tensor([99])
-    value = torch.tensor([[0.0, 1, -1, 0.5, 2], [1, 0, 0, 2, 0], [0, 3, 0, 0, 1]])[[0, 1, 2, 0, 1]]
+    value = torch.randn(5, 5)  # the reward of each chain
     chains = torch.cartesian_prod(torch.arange(5), torch.arange(5))  # (25, 2)
     prompt = torch.tensor([[2, 3]]).expand(25, -1)
     log_pi = lm.model(torch.cat([prompt, chains], 1)).logits[:, 1:3].log_softmax(-1)  # (25, 2, 5)
@@ -372,7 +378,8 @@ def score_of_density(z, tau):
 
 
 def is_zero_on_average(draws):
-    return (draws.mean(0).abs() < 4.5 * draws.std(0) / math.sqrt(len(draws)) + 1e-6).all()
+    error = draws.std(0) / math.sqrt(len(draws))
+    return (draws.mean(0).abs() < 4.5 * error + 1e-6).all()
 
 
 def test_the_soft_label_is_biased_and_its_variance_is_the_least():
@@ -437,8 +444,10 @@ def test_bfloat16():
     lm.dtype = torch.bfloat16
     assert roll_out(lm, args).weights.dtype == torch.float32 == lm.model.dtype
     coarse = gradients(lm, roll, advantages, args)
-    a, b = (torch.cat([g.flatten() for g in grads.values()]) for grads in (plain, coarse))
-    assert b.dtype == torch.float32 and not torch.equal(a, b)
+    a = torch.cat([gradient.flatten() for gradient in plain.values()])
+    b = torch.cat([gradient.flatten() for gradient in coarse.values()])
+    assert b.dtype == torch.float32
+    assert not torch.equal(a, b)
     assert F.cosine_similarity(a, b, dim=0) > 0.99
 
 
@@ -473,7 +482,9 @@ def run(tmp_path_factory):
 def test_a_run_leaves_a_log_a_result_and_a_trained_model(run):
     result = json.loads((run / "result.json").read_text())
     assert {"greedy", "greedy_before", "pass@4", "greedy_no_latents"} <= set(result)
-    assert [row["step"] for row in rows_of(run)] == list(range(5)) and "greedy" in rows_of(run)[1]
+    rows = rows_of(run)
+    assert [row["step"] for row in rows] == list(range(5))
+    assert "greedy" in rows[1]
     ours, start = (
         AutoModelForCausalLM.from_pretrained(path).state_dict()
         for path in (run / "model", MODELS / "chains")

@@ -13,27 +13,24 @@ set -euo pipefail
 cd "$(dirname "$0")"
 seed=${SEED:-0}
 
-data=(
-  --data gsm8k                  # 7,473 training problems; 1,319 test problems
-  --eval_problems 1319          # all of them: standard error 1.4 points at 50 % accuracy
-  --eval_every 0                # a noise-free evaluation costs the rollouts of five steps, a full one those of fifty
+shared=(
+  --eval_problems 1319          # all test problems: standard error 1.4 points at 50 % accuracy
+  --eval_every 0                # a noise-free evaluation costs the rollouts of five steps
   --seed "$seed"
 )
-flags=(
-  "${data[@]}"
-  --prompts_per_step 32         # x 8 rollouts = 256 rows. The paper's 128 x 8 is steadier and takes four times as long
+rl=(
+  "${shared[@]}"
+  --prompts_per_step 32         # x 8 rollouts = 256 rows. The paper's 128 x 8 is steadier and slower
   --group_size 8                # the paper's G
-  --max_new_tokens 400          # a GSM8K solution takes 100 to 300 tokens. LEPO's 64 latent steps count: equal compute
-  --steps 200                   # 6,400 of the 7,473 problems: under one epoch, nothing is seen twice
+  --steps 200                   # 6,400 of the 7,473 training problems: nothing is seen twice
   --lr 1e-6                     # the paper's, with 3 % warm-up
-  --micro_batch 4               # rows per backward pass: memory for activations, not results
-  --eval_samples 8              # pass@8
   --save_every 20
 )
 base=Qwen2.5-0.5B               # base model, 494M parameters; the papers start at 1B and 3B
-# Memory: float32 weights, gradients and Adam's two moments of 494M parameters 7.9 GB, their bf16 copy in a rollout 1 GB,
-# KV cache of 256 rows x 700 positions x 24 layers x 256 numbers x 2 bytes 2.2 GB. The update adds about 5 GB:
-# activations of four rows 3 GB, logits of 220 steps and the head's gradient 1 to 2 GB.
+# Memory: float32 weights, gradients and Adam's two moments of 494M parameters 7.9 GB, their bf16 copy
+# in a rollout 1 GB, KV cache of 256 rows x 700 positions x 24 layers x 256 numbers x 2 bytes 2.2 GB.
+# The update adds about 8 GB: activations of a group of eight rows 6 GB, logits of 220 steps and the
+# head's gradient 1 to 2 GB.
 
 launch=(python)
 if [ "${GPUS:-1}" -gt 1 ]; then launch=(torchrun --standalone --nproc_per_node="$GPUS"); fi
@@ -45,14 +42,18 @@ run() {  # run <script> <folder> <flags>: start it, or continue it, or leave it 
   fi
 }
 
+# A GSM8K solution takes 100 to 300 tokens. LEPO's latent steps count in the cap: equal compute.
 # Baseline: the same code with no latent steps, which is GRPO exactly.
-run lepo.py "runs/gsm8k-grpo-seed$seed" --model "$base" "${flags[@]}" --latent_steps 0 "$@"
+lepo=("${rl[@]}" --model "$base" --task gsm8k --max_new_tokens 400)
+run lepo.py "runs/gsm8k-grpo-seed$seed" "${lepo[@]}" --latent_steps 0 "$@"
 # The paper's 3B setting has 64 latent steps at tau .3.
-run lepo.py "runs/gsm8k-lepo-seed$seed" --model "$base" "${flags[@]}" --latent_steps 64 --tau 0.3 "$@"
-# Latent SFT on GSM8K's own equations, 17 times through the training set, a latent for 8 tokens; then RL of that model.
-# Thoughts and answers are short: the official cap of 128 steps.
-run latent_sft.py "runs/gsm8k-latent_sft-seed$seed" --model "$base" "${data[@]}" --steps 2000 --save_every 200 "$@"
-run latent_grpo.py "runs/gsm8k-latent_grpo-seed$seed" --model "runs/gsm8k-latent_sft-seed$seed/model" \
-  "${flags[@]}" --max_new_tokens 128 "$@"
+run lepo.py "runs/gsm8k-lepo-seed$seed" "${lepo[@]}" --latent_steps 64 --tau 0.3 "$@"
+# Latent SFT on GSM8K's own equations, 17 times through the training set, a latent for 8 tokens; then
+# RL of that model. Thoughts and answers are short: the official cap of 128 steps.
+sft=runs/gsm8k-latent_sft-seed$seed
+run latent_sft.py "$sft" --data gsm8k "${shared[@]}" --model "$base" --steps 2000 \
+  --save_every 200 "$@"
+run latent_grpo.py "runs/gsm8k-latent_grpo-seed$seed" --data gsm8k "${rl[@]}" --model "$sft/model" \
+  --max_new_tokens 128 "$@"
 
-python plot.py runs/gsm8k-* --figure runs/gsm8k.png
+python tools/plot.py runs/gsm8k-* --figure runs/gsm8k.png

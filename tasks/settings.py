@@ -9,6 +9,7 @@ import torch
 from common import RANKS, load_checkpoint
 
 MAY_CHANGE = {"resume", "steps", "lr", "eval_every", "save_every", "device"}  # when a run goes on
+HERE_AND_NOW = {"device", "precision", "resume", "out"}  # of the machine and of one run
 ASK = "Please reason step by step, and put your final answer within \\boxed{}."
 
 
@@ -62,7 +63,7 @@ def add_shared_flags(parser):
 
 
 def parse_args(parser, presets, argv):
-    """Of the command line, else of the run to resume, else of the task's preset, else the default"""
+    """A value is the command line's, else that of the run to resume, or the task's preset."""
     add_shared_flags(parser)
     defaults = vars(parser.parse_args([]))
     nothing = argparse.Namespace(**dict.fromkeys(defaults))  # a flag that is not given stays None
@@ -76,13 +77,20 @@ def parse_args(parser, presets, argv):
             kept = ", ".join(sorted(given.keys() - MAY_CHANGE))
             parser.error(f"a run keeps its {kept}: start a new one")
         return argparse.Namespace(**saved | given)
-    task = given.get("task") or default_task(given.get("model"), presets)
-    return argparse.Namespace(**defaults | presets.get(task, {}) | given | {"task": task})
+    model = given.get("model")
+    trained = settings_of_run(model)  # of the run that trained this model
+    known_task = model if model in presets else trained.get("task", "gsm8k")
+    task = given.get("task") or (known_task if model else "chains")
+    defaults |= presets.get(task, {})
+    if "ask" in given:  # think as in training
+        names = defaults.keys() & trained.keys() - HERE_AND_NOW
+        defaults |= {name: trained[name] for name in names}
+    return argparse.Namespace(**defaults | given | {"task": task})
 
 
-def default_task(model, presets):
-    """That of the model, or of the run that trained it, else gsm8k. Without a model: chains"""
-    if model is None or model in presets:
-        return model or "chains"
-    trained_by = Path(model).parent / "result.json"
-    return json.loads(trained_by.read_text())["args"]["task"] if trained_by.exists() else "gsm8k"
+def settings_of_run(model):
+    """-> the settings of the run in whose folder a model lies, or {}"""
+    result = Path(model or "").parent / "result.json"
+    if not model or not Path(model).is_dir() or not result.exists():
+        return {}
+    return json.loads(result.read_text())["args"]

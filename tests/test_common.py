@@ -27,7 +27,7 @@ import common
 import lepo
 import test_lepo as t
 from common import UserError
-from tasks import Problem, prompts, settings
+from tasks import Problem, encoding
 
 HERE = Path(__file__).parents[1]
 CHAINS = HERE / "tasks/models/chains"
@@ -124,8 +124,12 @@ def test_where_a_value_comes_from(tmp_path):
     assert lepo.parse_args(["--model", "any"]).latent_steps == 64  # the default
     assert lepo.parse_args(["--steps", "0", "--lr", "0"]).steps == 0  # the command line
     assert lepo.parse_args(["--model", "trees"]).tau == lepo.parse_args(["--task", "trees"]).tau
-    (tmp_path / "result.json").write_text('{"args": {"task": "trees"}}')
-    assert lepo.parse_args(["--model", str(tmp_path / "model")]).task == "trees"
+    (tmp_path / "result.json").write_text('{"args": {"task": "trees", "tau": 3, "device": "x"}}')
+    (tmp_path / "model").mkdir()
+    model = ["--model", str(tmp_path / "model")]  # that of a run
+    assert (lepo.parse_args(model).task, lepo.parse_args(model).tau) == ("trees", 20)
+    asked = lepo.parse_args([*model, "--ask", "?"])  # which thinks as it was trained to
+    assert (asked.task, asked.tau, asked.device) == ("trees", 3, "cpu")
     checkpoint(tmp_path, lepo.parse_args(["--tau", "0.7", "--out", str(tmp_path / "run")]))
     again = lepo.parse_args(["--resume", str(tmp_path / "run"), "--steps", "7"])
     assert (again.tau, again.latent_steps, again.steps) == (0.7, 12, 7)
@@ -159,7 +163,7 @@ def lm():
 
 
 def encode(lm, text, max_new_tokens=4):
-    return prompts.encode_one(lm, text, SimpleNamespace(max_new_tokens=max_new_tokens))
+    return encoding.encode_one(lm, text, SimpleNamespace(max_new_tokens=max_new_tokens))
 
 
 def test_a_prompt_that_the_model_cannot_take_is_refused(lm):
@@ -190,7 +194,7 @@ TEMPLATE = (
 def test_a_chat_template_frames_the_prompt_and_names_an_end_token(lm, tmp_path):
     lm.tokenizer.chat_template = TEMPLATE.replace("' <unk>'", "'<unk>'")
     assert lm.tokenizer.decode(encode(lm, " 1 + 2 ?")).split() == "hm 1 + 2 ?<unk> so".split()
-    assert prompts.end_of_turn(lm.tokenizer) == [2]
+    assert encoding.end_of_turn(lm.tokenizer) == [2]
     lm.model.save_pretrained(tmp_path), lm.tokenizer.save_pretrained(tmp_path)
     args = SimpleNamespace(model=str(tmp_path), device="cpu", precision="float32")
     assert common.load_model(args).stop_ids.tolist() == [1, 2]
@@ -202,12 +206,12 @@ def test_a_chat_template_frames_the_prompt_and_names_an_end_token(lm, tmp_path):
 
 def test_a_local_folder_comes_before_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert prompts.model_path("Qwen2.5-0.5B") == "Qwen/Qwen2.5-0.5B"
+    assert encoding.model_path("Qwen2.5-0.5B") == "Qwen/Qwen2.5-0.5B"
     for name in ("other/model", "gpt2"):
-        assert prompts.model_path(name) == name
-    assert prompts.model_path("chains") == CHAINS
+        assert encoding.model_path(name) == name
+    assert encoding.model_path("chains") == CHAINS
     (tmp_path / "Qwen2.5-0.5B").mkdir()
-    assert prompts.model_path("Qwen2.5-0.5B") == "Qwen2.5-0.5B"
+    assert encoding.model_path("Qwen2.5-0.5B") == "Qwen2.5-0.5B"
 
 
 # --- Model and decoding ---------------------------------------------------------------------------
@@ -449,7 +453,7 @@ def test_a_run_with_a_real_tokenizer_and_gsm8k(tmp_path):
     assert len(rows) == 2 and all(row["length"] > 8 for row in rows)
     lm = common.load_model(lepo.parse_args(["--model", str(tmp_path / "model")]))
     task, args = __import__("tasks").find("gsm8k"), SimpleNamespace(prompt=prompt, max_new_tokens=8)
-    (ids,) = prompts.encode(lm, task, [Problem("How many eggs?", "2")], args)
+    (ids,) = encoding.encode(lm, task, [Problem("How many eggs?", "2")], args)
     text = lm.tokenizer.decode(ids)
     assert f"How many eggs?\n{prompt}<|im_end|>" in text
     assert text.endswith("<|im_start|>assistant\n")

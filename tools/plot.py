@@ -7,8 +7,10 @@
     python tools/plot.py runs.jsonl --only '^dlr' --over texts --figure curves.png
 
 Runs whose names differ only in `-seed<n>` form a group and must not differ in anything else. Below
-the table each group is compared with the first one, seed by seed. A thought is that of the first
-run of lepo.py or latent_grpo.py; its picture has the learning curves too, and on trees the trees.
+the table each group is compared with the first one, seed by seed. `--only` is a regular expression
+for names. `--over texts` draws curves over texts sampled instead of steps. `--thought` is about the
+held-out problem `--problem`, of the first run of lepo.py or latent_grpo.py whose folder, or a line
+with its thought, is given; the picture has the learning curves too, and on trees both trees.
 
 For runs of lepo.py on trees, `held` is the share of held-out problems whose answer has at least 2 %
 of the last latent, noise-free; `right_held` and `right_lost` are the accuracies on these problems
@@ -29,9 +31,8 @@ sys.path.insert(0, f"{Path(__file__).parents[1]}")  # the root, since this file 
 import common
 import lepo
 import tasks
-from tasks import UserError, prompts, trees
+from tasks import UserError, encoding, trees
 
-MAY_DIFFER = {"seed", "out", "resume", "device", "ask"}  # of the flags of one group
 SCORES = [
     "greedy",
     "sampled",
@@ -52,7 +53,8 @@ SCORES = [
 
 # --- 1. Runs --------------------------------------------------------------------------------------
 def read_lines(path):
-    """A file with JSON in every line -> list; what lepo.py calls greedy_length is length elsewhere"""
+    """A file with JSON in every line -> list"""
+    # The length of noise-free texts is greedy_length in lepo.py, and length in the others.
     lines = path.read_text().replace("greedy_length", "length").splitlines()
     try:
         return [json.loads(line) for line in lines if line.strip()]
@@ -87,8 +89,9 @@ def read_folder(folder):
         for row in rows:
             texts += row.get("rollouts", args["prompts_per_step"] * args["group_size"])
             if "greedy" in row:
-                greedy = row["greedy"]
-                run["curve"].append({"step": row["step"] + 1, "texts": texts, "greedy": greedy})
+                run["curve"].append(
+                    {"step": row["step"] + 1, "texts": texts, "greedy": row["greedy"]}
+                )
     return [run]
 
 
@@ -103,7 +106,8 @@ def read_groups(paths, only):
             name = re.sub(r"-seed\d+", "", name)
             groups[name].append(run)
             ours, first = run["args"], groups[name][0]["args"]
-            unlike = {key for key in ours | first if ours.get(key) != first.get(key)} - MAY_DIFFER
+            unlike = {key for key in ours | first if ours.get(key) != first.get(key)}
+            unlike -= {"seed", "out", "resume", "device", "ask"}
             if unlike:
                 raise UserError(f"runs named {name} differ in {', '.join(unlike)}: rename some")
     return groups
@@ -114,7 +118,7 @@ def lepo_thoughts(args, count):
     task = tasks.find(args.task)
     problems = task.problems(args, "test", 0, count)
     lm = common.load_model(args)
-    encoded = prompts.encode(lm, task, problems, args)
+    encoded = encoding.encode(lm, task, problems, args)
     roll = lepo.rollout(lm, encoded, 1, args.latent_steps, args, noise_free=True)
     roll.latents = roll.length.clamp(max=args.latent_steps)  # (P,)
     right = lepo.rewards_of(lm, task, roll, problems)[0]  # (P, 1)
@@ -158,13 +162,9 @@ def look(run, number, on_trees):
 
 
 # --- 3. Table -------------------------------------------------------------------------------------
-def scores_of(group, name):
-    return [run[name] for run in group if name in run]
-
-
 def print_table(runs, groups):
     """Markdown, a row for each group: the mean before → mean ± standard deviation after"""
-    names = [name for name in SCORES if scores_of(runs, name)]
+    names = [name for name in SCORES if any(name in run for run in runs)]
     header = f"| runs | seeds | steps | seconds | {' | '.join(names)} |"
     print(header)
     print(re.sub("[^|]+", "---", header))
@@ -172,7 +172,8 @@ def print_table(runs, groups):
         seconds = mean(run.get("seconds", 0) for run in group)
         row = f"| {title} | {len(group)} | {group[0]['steps']} | {seconds:.0f} |"
         for name in names:
-            before, after = scores_of(group, f"{name}_before"), scores_of(group, name)
+            before = [run[f"{name}_before"] for run in group if f"{name}_before" in run]
+            after = [run[name] for run in group if name in run]
             row += f" {mean(before):.3f} →" if before else ""
             row += f" {mean(after):.3f}" if after else ""
             row += f" ± {stdev(after):.3f}" if len(after) > 1 else ""
@@ -185,17 +186,16 @@ def print_gains(groups):
     first, *others = groups
     for name in others:
         for score in ("greedy", "sampled"):
-            pairs = zip(groups[name], groups[first])  # both in the order of their seeds
             gains = [
                 run[score] - other[score]
-                for run, other in pairs
+                for run, other in zip(groups[name], groups[first])  # in the order of their seeds
                 if score in run.keys() & other.keys() and run["seed"] == other["seed"]
             ]
             if len(gains) == 5:
                 gain = mean(gains)
                 half = 2.776 * stdev(gains) / 5**0.5  # Student's t, 4 degrees of freedom
-                interval = f"95 % interval {gain - half:+.3f} to {gain + half:+.3f}"
-                print(f"{name} - {first}, {score}: {gain:+.3f}, {interval}")
+                interval = f"{gain - half:+.3f} to {gain + half:+.3f}"
+                print(f"{name} - {first}, {score}: {gain:+.3f}, 95 % interval {interval}")
 
 
 # --- 4. Figures -----------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ def draw_curves(groups, over, axis):
 
 
 def draw_trees(edges, entrance, exits, axis):
-    """The tree below the entrance on the left, the other one on the right; exits have a frame"""
+    """The tree below the entrance on the left, the other one on the right, exits red"""
     roots = {parent for parent, _ in edges} - {child for _, child in edges}
     places = {}
     for side, root in enumerate([entrance, *roots - {entrance}]):
@@ -221,8 +221,14 @@ def draw_trees(edges, entrance, exits, axis):
     for edge in edges:
         axis.plot(*zip(*map(places.get, edge)), color="0.7")
     for node, place in places.items():
-        frame = {"facecolor": "white", "edgecolor": "black" if node in exits else "white"}
-        axis.text(*place, node, ha="center", va="center", bbox=frame)
+        axis.text(
+            *place,
+            node,
+            color="red" if node in exits else "black",
+            backgroundcolor="white",
+            ha="center",
+            va="center",
+        )
     axis.axis("off")
 
 
@@ -247,7 +253,7 @@ def draw(path, groups, over, run):
             shades = [[latent.get(word, 0) for word in words] for latent in latents]
             axis = axes[when[0]]
             axis.imshow(shades, cmap="Blues", aspect="auto", vmax=0.6)
-            axis.set(xticks=range(len(words)), xticklabels=words, ylabel="latents")
+            axis.set(xticks=range(len(words)), xticklabels=words, yticks=[], ylabel="latents")
             axis.set_title(f"{when} training: {thought[when]['text'][-60:]}")  # its end: the answer
     if "t" in axes:
         draw_trees(*trees.read_problem(thought["question"]), axes["t"])
@@ -270,11 +276,14 @@ def main(argv=None):
     add("--jsonl", type=Path)
     try:
         args = parser.parse_args(argv)
-    except re.error as error:
-        raise UserError(f"--only is no regular expression: {error}")
+    except re.error:
+        raise UserError("--only takes a regular expression, and this is none")
     groups = read_groups(args.runs, args.only)
     runs = sum(groups.values(), [])
-    thinking = [run for run in runs if "thought" in run or "folder" in run and run["method"] in THINK]
+    # Those whose thought is known, or whose model is there
+    thinking = [
+        run for run in runs if "thought" in run or "folder" in run and run["method"] in THINK
+    ]
     if not runs or args.thought and not thinking:
         raise UserError("no finished run, or for --thought none of lepo.py or latent_grpo.py")
     for run in thinking:
