@@ -25,7 +25,9 @@ from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 
 import common
 import lepo
+from tasks import chains
 
+seed_all = torch.manual_seed
 MODELS = Path(__file__).parent / "tasks/models"
 PI = torch.tensor([0.51, 0.23, 0.15, 0.08, 0.03])  # a policy over five tokens
 STOP = 1
@@ -451,6 +453,15 @@ def test_bfloat16():
     assert F.cosine_similarity(a, b, dim=0) > 0.99
 
 
+def test_the_gradient_is_bounded_by_1():
+    lm, args = random_model(), settings()
+    before = [weight.clone() for weight in lm.model.parameters()]
+    sgd = torch.optim.SGD(lm.model.parameters(), lr=1.0)
+    norm = lepo.update(lm, sgd, roll_out(lm, args), 1e3 * some_advantages(), args)
+    moves = [(a - b).norm() for a, b in zip(before, lm.model.parameters(), strict=True)]
+    assert norm > 100 and abs(torch.stack(moves).norm() - 1) < 1e-3
+
+
 def test_a_gradient_that_is_not_finite_stops_before_the_weights_change():
     lm, args = random_model(), settings()
     before = [weight.clone() for weight in lm.model.parameters()]
@@ -509,7 +520,11 @@ def test_killed_and_resumed_is_uninterrupted_bit_for_bit(run, tmp_path, monkeypa
         file.write('{"step": 3, "rew')
     assert common.load_checkpoint(folder)["step"] == 2
     assert len((folder / "log.jsonl").read_text().splitlines()) == 4
+    problems, starts, seeds = chains.problems, [], []
+    monkeypatch.setattr(chains, "problems", lambda *at: starts.append(at[2]) or problems(*at))
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: seeds.append(seed) or seed_all(seed))
     lepo.main(["--resume", str(folder)])
+    assert starts[2:] == [8, 12, 16] and len(set(seeds)) == 4  # of three steps and of evaluation
     assert rows_of(folder) == rows_of(run)
     ours, theirs = ((path / "model/model.safetensors").read_bytes() for path in (folder, run))
     assert ours == theirs

@@ -1,13 +1,9 @@
-"""Proofs of tools/: the table and the figures of runs, and the two updates that bench.py compares.
-
-    pytest tests/test_tools.py            # a quarter of a minute
-"""
+"""Proofs of tools/: table and figures of runs, and what bench.py compares; a quarter of a minute"""
 
 import json
 import os
 import shutil
 import statistics
-import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test depends on a network
@@ -21,12 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import common
 import latent_grpo
 import lepo
-from common import UserError
 from tasks import encoding, trees
 from tools import bench, plot
 
 HERE = Path(__file__).parent.parent
-TREES = ["--task", "trees", "--steps", "2", "--prompts_per_step", "4", "--eval_problems", "24"]
+QUICK = ["--steps", "1", "--prompts_per_step", "2", "--group_size", "2", "--eval_every", "0"]
+TREES = ["--task", "trees", "--eval_problems", "24", "--lr", "0.001", *QUICK]
 
 
 @pytest.fixture
@@ -45,11 +41,11 @@ def axes(monkeypatch):
     return seen
 
 
-def make_run(folder, name, greedy, **changed):
+def make_run(folder, name, greedy, method="grpo", **changed):
     """A run folder with an evaluation before training, after two steps of three, and at the end"""
     args = {"prompts_per_step": 2, "group_size": 4, "seed": int(name[-1]), "steps": 3, "lr": 1}
     scores = {"greedy_before": 0.125, "greedy": greedy, "sampled": 0.5, "greedy_length": 8.0}
-    result = {"method": "grpo", "seconds": 7, **scores, "args": args | changed}
+    result = {"method": method, "seconds": 7, **scores, "args": args | changed}
     rows = [{"step": step, "reward": 0.5, "zero_advantage": 0.25} for step in range(3)]
     rows[1]["greedy"] = 0.25
     run = folder / name
@@ -211,16 +207,15 @@ def test_gains_are_paired_by_seed(capsys):
 # --- 2. Thoughts ----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def trees_run(tmp_path_factory):
+@pytest.fixture
+def trees_run(tmp_path):
     """Its folder, which has moved since the training"""
-    folder = tmp_path_factory.mktemp("runs")
-    lepo.main([*TREES, "--lr", "0.01", "--out", str(folder / "there")])
-    return shutil.move(folder / "there", folder / "lepo-seed0")
+    lepo.main([*TREES, "--out", str(tmp_path / "there")])
+    return shutil.move(tmp_path / "there", tmp_path / "lepo-seed0")
 
 
 def one_by_one(model):
-    """Held-out trees alone, each as a dictionary: its last latent in words, and whether it is right"""
+    """Held-out trees alone, each as a dictionary: the last latent in words, and if it is right"""
     args = lepo.parse_args([*TREES, "--model", str(model)])
     lm = common.load_model(args)
     found = []
@@ -230,17 +225,17 @@ def one_by_one(model):
         roll = lepo.rollout(lm, encoded, 1, 3, args, noise_free=True)
         words = [lm.tokenizer.decode([k]).strip() for k in roll.ids[0, 2].tolist()]
         latent = dict(zip(words, roll.weights[0, 2].tolist(), strict=True))
-        right = trees.verify(lepo.texts_of(lm, roll)[0], problem)[0]
+        (text,) = lepo.texts_of(lm, roll)
         held = latent.get(problem.answer, 0) >= 0.02
-        found.append({"latent": latent, "held": held, "right": right, "answer": problem.answer})
+        right = trees.verify(text, problem)[0]
+        found.append({"latent": latent, "text": text, "held": held, "right": right})
     return found
 
 
 def test_thoughts_on_trees_are_looked_into(trees_run, tmp_path, axes, capsys):
     grpo = make_run(tmp_path, "grpo-seed0", 0.5)
     lines, picture = tmp_path / "lines.jsonl", tmp_path / "trees.png"
-    flags = ["--problem", "5", "--thought", str(picture), "--jsonl", str(lines)]
-    plot.main([grpo, str(trees_run), *flags])
+    plot.main([grpo, str(trees_run), "--problem", "5", "--jsonl", str(lines)])
     printed = capsys.readouterr().out
     other, run = map(json.loads, lines.read_text().splitlines())
     assert "held" not in other and "| held | right_held | right_lost |" in printed
@@ -256,18 +251,20 @@ def test_thoughts_on_trees_are_looked_into(trees_run, tmp_path, axes, capsys):
         thought = run["thought"]["before" if suffix else "after"]
         latent = {word.strip(): weight for word, weight in thought["latents"][2].items()}
         assert latent == pytest.approx(alone[5]["latent"], abs=1e-5)
-    assert run["thought"]["answer"] == alone[5]["answer"]
+        assert thought["text"] == alone[5]["text"]
+    problem = trees.problems(lepo.parse_args(TREES), "test", 5, 1)[0]
+    assert run["thought"]["question"] == problem.question
+    assert run["thought"]["answer"] == problem.answer
     assert run["thought"]["before"]["latents"] != run["thought"]["after"]["latents"]
-    check_trees(run["thought"]["question"], axes["t"])
-    assert len(axes["c"].lines) == 2 and picture.stat().st_size > 10_000
-    shutil.move(trees_run, f"{trees_run}-away")  # a line with its thought needs no folder
+    shutil.rmtree(trees_run)  # a line with its thought needs no folder
     plot.main([str(lines), "--thought", str(picture)])
-    shutil.move(f"{trees_run}-away", trees_run)
     assert capsys.readouterr().out == printed
+    check_trees(problem.question, axes["t"])
+    assert len(axes["c"].lines) == 2 and picture.stat().st_size > 10_000
 
 
 def check_trees(question, axis):
-    """Every node is there once, children below their parents; exits are red; the entrance is left."""
+    """Every node once, children below their parents, exits red, the entrance on the left"""
     edges, entrance, exits = trees.read_problem(question)
     places = {int(text.get_text()): text.get_position() for text in axis.texts}
     red = {int(text.get_text()) for text in axis.texts if text.get_color() == "red"}
@@ -281,16 +278,17 @@ def check_trees(question, axis):
 
 
 def test_a_thought_of_lepo_on_chains_is_a_picture(tmp_path, axes):
-    flags = ["--steps", "1", "--prompts_per_step", "2", "--eval_problems", "4", "--eval_every", "0"]
-    lepo.main([*flags, "--out", str(tmp_path / "lepo-seed0")])
+    """After a training that has made the chains model into chains_latent"""
+    args = vars(lepo.parse_args(["--steps", "3"])) | {"device": "cpu"}
+    run = make_run(tmp_path, "lepo-seed0", 0.5, method="lepo", **args)
+    shutil.copytree(HERE / "tasks/models/chains_latent", f"{run}/model")
     lines, picture = tmp_path / "lines.jsonl", tmp_path / "thought.pdf"
-    flags = ["--thought", str(picture), "--jsonl", str(lines)]
-    plot.main([str(tmp_path / "lepo-seed0"), *flags])
+    plot.main([run, "--thought", str(picture), "--jsonl", str(lines)])
     run = json.loads(lines.read_text())
     assert "held" not in run and "t" not in axes and picture.read_bytes()[:4] == b"%PDF"
-    for when in ("before", "after"):
+    for when, count in (("before", 12), ("after", 6)):  # the second ends its text while it thinks
         latents = run["thought"][when]["latents"]
-        assert len(latents) == 12
+        assert len(latents) == count
         words = [label.get_text() for label in axes[when[0]].get_xticklabels()]
         shades = axes[when[0]].images[0].get_array().tolist()
         heavy = {word for latent in latents for word in latent if latent[word] > 0.02}
@@ -301,9 +299,8 @@ def test_a_thought_of_lepo_on_chains_is_a_picture(tmp_path, axes):
 
 def test_a_thought_of_latent_grpo_is_a_picture(tmp_path, axes):
     """What plot.py says of it is checked against the model's own first step behind the prompt."""
-    flags = ["--steps", "1", "--prompts_per_step", "2", "--eval_problems", "4", "--lr", "0.01"]
     folder = tmp_path / "latent-seed0"
-    latent_grpo.main([*flags, "--max_draws", "1", "--eval_every", "0", "--out", str(folder)])
+    latent_grpo.main([*QUICK, "--eval_problems", "2", "--max_draws", "1", "--out", str(folder)])
     lines, picture = tmp_path / "lines.jsonl", tmp_path / "thought.png"
     flags = ["--thought", str(picture), "--problem", "3", "--jsonl", str(lines)]
     plot.main([str(folder), *flags])
@@ -320,7 +317,8 @@ def test_a_thought_of_latent_grpo_is_a_picture(tmp_path, axes):
         latent = dict(zip(map(tokenizer.decode, ids), (probs / probs.sum()).tolist(), strict=True))
         assert thought[when]["latents"][0] == pytest.approx(latent, abs=1e-5)
         assert "</think>" in thought[when]["text"]
-        assert not any("</think>" == max(row, key=row.get).strip() for row in thought[when]["latents"])
+        heaviest = [max(row, key=row.get) for row in thought[when]["latents"]]
+        assert " </think>" not in heaviest  # that would have been the end of the thought
     assert thought["before"]["latents"] != thought["after"]["latents"]
 
 

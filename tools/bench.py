@@ -45,7 +45,7 @@ from tasks import encoding, settings
 def parse_args(argv=None):
     """The settings of lepo.py, with two more"""
     about = "Speed and memory of a training step. All other flags are those of lepo.py."
-    parser = settings.Parser(description=about, allow_abbrev=False)
+    parser = settings.Parser(description=about)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_number("repeats", 5, 2, "turns, of which the first does not count")
     own, others = parser.parse_known_args(argv)

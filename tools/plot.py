@@ -155,9 +155,13 @@ def look(run, number, on_trees):
             answers = torch.tensor([lm.tokenizer.encode(f" {item.answer}") for item in problems])
             last = torch.arange(count), roll.latents - 1
             held = (roll.weights[last] * (roll.ids[last] == answers)).sum(1) >= 0.02  # (P,)
-            run[f"held{suffix}"] = held.float().mean().item()
-            run[f"right_held{suffix}"] = right[held].mean().item()
-            run[f"right_lost{suffix}"] = right[~held].mean().item()
+            for name, share in (
+                (f"held{suffix}", held.float()),
+                (f"right_held{suffix}", right[held]),
+                (f"right_lost{suffix}", right[~held]),
+            ):
+                if len(share):
+                    run[name] = share.mean().item()
     run["thought"] = thought | vars(problems[number])
 
 
@@ -192,10 +196,9 @@ def print_gains(groups):
                 if score in run.keys() & other.keys() and run["seed"] == other["seed"]
             ]
             if len(gains) == 5:
-                gain = mean(gains)
                 half = 2.776 * stdev(gains) / 5**0.5  # Student's t, 4 degrees of freedom
-                interval = f"{gain - half:+.3f} to {gain + half:+.3f}"
-                print(f"{name} - {first}, {score}: {gain:+.3f}, 95 % interval {interval}")
+                interval = f"{mean(gains) - half:+.3f} to {mean(gains) + half:+.3f}"
+                print(f"{name} - {first}, {score}: {mean(gains):+.3f}, 95 % interval {interval}")
 
 
 # --- 4. Figures -----------------------------------------------------------------------------------
@@ -253,8 +256,13 @@ def draw(path, groups, over, run):
             shades = [[latent.get(word, 0) for word in words] for latent in latents]
             axis = axes[when[0]]
             axis.imshow(shades, cmap="Blues", aspect="auto", vmax=0.6)
-            axis.set(xticks=range(len(words)), xticklabels=words, yticks=[], ylabel="latents")
-            axis.set_title(f"{when} training: {thought[when]['text'][-60:]}")  # its end: the answer
+            axis.set(
+                xticks=range(len(words)),
+                xticklabels=words,
+                yticks=[],
+                ylabel="latents, the first on top",
+                title=f"{when} training: {thought[when]['text'][-60:]}",  # the answer is at its end
+            )
     if "t" in axes:
         draw_trees(*trees.read_problem(thought["question"]), axes["t"])
     try:
