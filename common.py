@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -74,10 +73,10 @@ def run_main(main):
         print("interrupted: --resume goes on from checkpoint.pt, if there is one", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        reason = str(error).partition("\n")[0]
-        if "enforce fail" in reason:  # PyTorch's words for both
-            reason = f"the disk, or the memory of the CPU, is full: {reason}"
-        elif not isinstance(error, (UserError, OSError, ImportError, SafetensorError)):
+        reason = " ".join(str(error).split())  # in one line
+        if "enforce fail" in reason or "os error" in reason:  # of PyTorch; of safetensors
+            reason += " (disk or memory is full)"
+        elif not isinstance(error, (UserError, OSError, ImportError, torch.OutOfMemoryError)):
             raise
         print("error:", reason, file=sys.stderr)
         sys.exit(2)
@@ -142,9 +141,9 @@ def load_model(args):
 def end_tokens(model, tokenizer):
     """All of them: with one of Qwen2.5's two, half of the texts would never end."""
     ids = model.generation_config.eos_token_id
-    named = ids if isinstance(ids, list) else [ids]
-    named += [tokenizer.eos_token_id, *encoding.end_of_turn(tokenizer)]
-    return sorted(set(named) - {None})
+    named = set(ids if isinstance(ids, list) else [ids])
+    named |= {tokenizer.eos_token_id, *encoding.end_of_turn(tokenizer)}
+    return sorted(named - {None})
 
 
 @torch.no_grad()
@@ -158,8 +157,6 @@ def check_model(lm):
     ours = decoder.feed(lm.embedding[torch.tensor([[5, 3], [5, 3]])])  # (2, V)
     wholes = torch.tensor([[4, 5, 3]]), torch.tensor([[2, 3, 4, 5, 3]])
     theirs = torch.cat([lm.model(ids.to(ours.device)).logits[:, -1] for ids in wholes])  # (2, V)
-    if not ours.isfinite().all():
-        raise ValueError("its logits are not finite")
     if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3):
         raise ValueError("from embeddings its logits are others; take a plain one, like Qwen2.5")
 
@@ -179,6 +176,8 @@ class Decoder:
         self.lm, self.cache, self.mask = lm, DynamicCache(config=lm.model.config), mask
         self.head = lm.head.to(lm.dtype)  # cast once
         self.logits = self.run(lm.embedding[ids.clamp(min=0)]).repeat_interleave(group_size, 0)
+        if not self.logits.isfinite().all():
+            raise UserError("logits are not finite: damaged weights, or --lr was too high")
         self.mask = mask.repeat_interleave(group_size, 0)  # (N, columns so far)
         self.cache.batch_repeat_interleave(group_size)
 
@@ -211,9 +210,10 @@ def log_probs_at(hidden, head, ids):
         return logits.gather(-1, ids) - logits.logsumexp(-1, keepdim=True)  # (chunk, K)
 
     chunk = 2**25 // len(head)
-    how = {"use_reentrant": False, "preserve_rng_state": False}  # nothing is random in it
-    parts = zip(hidden.split(chunk), ids.split(chunk))
-    return torch.cat([checkpoint(log_probs, *part, **how) for part in parts])
+    return torch.cat([
+        checkpoint(log_probs, *part, use_reentrant=False, preserve_rng_state=False)
+        for part in zip(hidden.split(chunk), ids.split(chunk))
+    ])  # fmt: skip
 
 
 def learning_rate(args, step):

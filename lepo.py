@@ -366,7 +366,7 @@ def main(argv=None):
     task = tasks.find(args.task)
     lm = common.load_model(args)
     args.top_k = min(args.top_k, len(lm.embedding))
-    if args.ask:
+    if args.ask is not None:
         return ask(lm, task, args)
     held_out = task.problems(args, "test", 0, args.eval_problems)
     task.problems(args, "train", 0, 1)  # a malformed line ends the run here, before it begins
@@ -403,7 +403,7 @@ def main(argv=None):
             tqdm.write(f"    reward {strict[0, 0]:.0f}, the answer is {problems[0].answer}")
         run.log(row)
     run.save(max(first, args.steps), before)
-    after = evaluate(lm, task, held_out, args, full=True) if args.steps else before
+    after = evaluate(lm, task, held_out, args, full=True) if first + args.steps else before
     run.finish(after | {f"{name}_before": value for name, value in before.items()})
 
 

@@ -541,7 +541,8 @@ def test_a_trained_model_is_asked(run, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["--latent_steps", "0"]])
 def test_chains_are_learnt_to_the_end(flags, tmp_path):
-    lepo.main([*flags, "--eval_every", "0", "--out", str(tmp_path / "run")])
+    flags = [*flags, "--eval_every", "0", "--eval_problems", "128"]
+    lepo.main([*flags, "--out", str(tmp_path / "run")])
     result = json.loads((tmp_path / "run/result.json").read_text())  # processors round differently
     assert result["greedy_before"] < 0.6 and result["greedy"] > 0.85 and result["sampled"] > 0.8
 
@@ -550,7 +551,7 @@ def test_chains_are_learnt_to_the_end(flags, tmp_path):
 def test_on_trees_lepo_ends_far_above_grpo(tmp_path):
     results = []
     for name, flags in (("grpo", ["--latent_steps", "0"]), ("lepo", [])):
-        flags += ["--task", "trees", "--steps", "60", "--eval_problems", "512"]
+        flags += ["--task", "trees", "--steps", "60", "--eval_problems", "256"]
         lepo.main([*flags, "--eval_every", "0", "--out", str(tmp_path / name)])
         results.append(json.loads((tmp_path / name / "result.json").read_text()))
     grpo, ours = results

@@ -11,6 +11,7 @@ step knows its place in the data. `strict` wants the answer in the form that was
 
 import importlib
 from dataclasses import dataclass
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -26,5 +27,7 @@ class Problem:
 
 def find(name):
     """The module of `--task name`. It is imported here, so that chains needs no math-verify."""
+    if name not in ("chains", "trees", "gsm8k") and not Path(name).is_dir():
+        raise UserError(f"--task {name}: take chains, trees, gsm8k, or a folder with train.jsonl")
     module = name if name in ("chains", "trees") else "gsm8k"
     return importlib.import_module(f"tasks.{module}")

@@ -10,21 +10,30 @@ MODELS = Path(__file__).parent / "models"
 
 def model_path(name):
     """A local folder comes first, then a model of this repository, then the hub."""
-    if Path(name).is_dir() or "/" in name:
+    if Path(name, "config.json").exists() or "/" in name:
         return name
     if (MODELS / name).is_dir():
         return MODELS / name
     return f"Qwen/{name}" if name.startswith("Qwen") else name
 
 
+def chat(tokenizer, *turns, **options):
+    """Turns, as pairs of role and text, in the words of the model's chat template"""
+    messages = [{"role": role, "content": text} for role, text in turns]
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except Exception as error:  # whatever a template raises
+        raise UserError(f"the chat template of the model refuses the prompt: {error}") from None
+
+
 def end_of_turn(tokenizer):
     """-> ids (none or one) of the token that a chat template puts behind an answer"""
     if not tokenizer.chat_template:
         return []
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}]
-    after = tokenizer.apply_chat_template(turns, tokenize=False).rsplit("ANSWER", 1)[-1]
+    after = chat(tokenizer, ("user", "?"), ("assistant", "ANSWER")).rsplit("ANSWER", 1)[-1]
     first = tokenizer.encode(after, add_special_tokens=False)[:1]
-    return [i for i in first if i in tokenizer.all_special_ids]
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return [i for i in first if i in special | set(tokenizer.all_special_ids)]
 
 
 def encode(lm, task, problems, args):
@@ -33,15 +42,16 @@ def encode(lm, task, problems, args):
 
 
 def encode_one(lm, text, args):
+    """What the model reads -> token ids. What it could not read is refused in one line."""
     tokenizer = lm.tokenizer
     if tokenizer.chat_template:
-        turns = [{"role": "user", "content": text.strip()}]
-        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        text = chat(tokenizer, ("user", text.strip()), add_generation_prompt=True)
     ids = tokenizer.encode(text, add_special_tokens=not tokenizer.chat_template)
     if ids and ids[-1] in lm.stop_ids:  # of a tokenizer that ends every text
         ids = ids[:-1]
-    if len(tokenizer.decode(ids)) < len(text) / 2:  # letters without a token are dropped
-        raise UserError("the tokenizer cannot spell this problem: give the --task of the model")
+    letters, spelled = ("".join(each.split()) for each in (text, tokenizer.decode(ids)))
+    if len(spelled) < 0.95 * len(letters):  # letters without a token are dropped
+        raise UserError(f"the tokenizer cannot spell {text!r}: give the --task of the model")
     if max(ids) >= len(lm.embedding):
         raise UserError(f"the tokenizer names token {max(ids)}, the model has {len(lm.embedding)}")
     most = getattr(lm.model.config, "max_position_embeddings", math.inf)

@@ -86,24 +86,25 @@ def request(question, args):
 SPACE = r"(?:[\s~]|\\[ ,;:!])*"
 GROUPS = r"\d{1,3}(?:(?:,|\\,|\{,\}|,\\! ?)\d{3})+"  # 1,234 and, in LaTeX, 1{,}234; but not "1,2"
 NUMBER = re.compile(
-    r"(?P<sign>(?<![\w)\]}])-)?"  # the last number of 10-3 is 3
+    r"(?P<sign>(?<![\w)\]}])[-−])?"  # the last number of 10-3 is 3
     r"(?:\\?\$|[€£¥])?"
     r"(?:(?P<whole>\d+) +(?=\d+/0*[1-9]))?"  # the 1 of 1 1/2
     rf"(?P<rest>(?:{GROUPS}|\d+)(?:\.\d+|/0*[1-9]\d*)?|\.\d+)",
     re.ASCII,
 )
 DEGREE = r"\\?%|°|\^\\circ|\^\{\\circ\}"
-UNIT = r"\\(?:text|mathrm|mbox)\{[^{}\\\d]*\}|(?<!\d)[a-z]{4,}(?: (?!and |or )[a-z]+)*"  # not 18x
+UNIT = r"\\(?:text|mathrm|mbox)\{[^{}\\\d]{2,}\}|(?<!\d)[a-z]{4,}(?: (?!and |or )[a-z]+)*"  # not 18x
 ANSWER = re.compile(
     rf"(?:\+(?!-))?{NUMBER.pattern}{SPACE}(?:{DEGREE})?{SPACE}(?:{UNIT})?\.?",
     re.ASCII | re.IGNORECASE,
 )
 COUNTS = re.compile(  # words that are no unit: 18 thousand is not 18
-    r"\b(?:(?:hundred|thousand|million|billion|trillion|dozen)(?:th)?s?"
-    r"|half|halves|thirds|fourths|fifths|sixths|eighths|tenths|plus|minus|squared|cubed)\b",
+    r"\b(?:(?:hundred|thousand|million|billion|trillion|quadrillion|lakh|crore|dozen)(?:th)?s?"
+    r"|half|halves|(?:third|fourth|fifth|sixth|seventh|eighth|ninth|tenth)s|plus|minus|divided"
+    r"|factorial|squared|cubed)\b",
     re.IGNORECASE,
 )
-APART = re.compile(r"\d(?:[\s~$%]|\\[ ,;:!$%])+\d")  # math-verify takes 1 8 for 9, and $1$8 for 18
+APART = re.compile(r"\d(?:[\s~$%'_{]|\\[ ,;:!$%]|\\q?quad|\\text\{\s*\})+\d")  # math-verify takes 1 8 for 9, and $1$8 for 18
 
 
 def to_number(text):

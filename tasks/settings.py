@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -19,11 +20,15 @@ class Parser(argparse.ArgumentParser):
 
         def number(text):
             value = type(default)(text)
-            if not value >= least:
-                raise argparse.ArgumentTypeError(f"must be at least {least}")
+            if not least <= value < (2**63 if isinstance(value, int) else math.inf):  # nor NaN
+                raise argparse.ArgumentTypeError(f"must be a number, at least {least}")
             return value
 
         self.add_argument(f"--{name}", type=number, default=default, help=help)
+
+
+def of(preset):
+    return ", ".join(f"--{name} {value}" for name, value in preset.items())
 
 
 def make_parser(script, about, presets):
@@ -32,7 +37,7 @@ def make_parser(script, about, presets):
         usage=argparse.SUPPRESS,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description=about,
-        epilog=f"Built-in tasks have other defaults: {presets}",
+        epilog=" ".join(f"Defaults of --task {name}: {of(presets[name])}." for name in presets),
     )
 
 
@@ -41,7 +46,7 @@ def add_shared_flags(parser):
     add, number = parser.add_argument, parser.add_number
     device = "cuda" if torch.cuda.is_available() else "cpu"
     precision = "bfloat16" if device == "cuda" else "float32"
-    changes = f"go on with a run, which may change: {', '.join(sorted(MAY_CHANGE))}"
+    changes = f"go on with a run; may change: {', '.join(sorted(MAY_CHANGE - {'resume'}))}"
     add("--model", default="Qwen2.5-0.5B", help="hub id, Qwen name, local folder, chains or trees")
     add("--task", help="chains, trees, gsm8k, or a folder with train.jsonl and test.jsonl")
     add("--kind", default="", help="chains: mixed, plus, minus or single; trees: 2,2,4")
@@ -70,7 +75,7 @@ def parse_args(parser, presets, argv):
     given = vars(parser.parse_args(argv, nothing))
     given = {name: value for name, value in given.items() if value is not None}
     if "resume" in given:
-        saved = load_checkpoint(given["resume"])["args"]
+        saved = load_checkpoint(given["resume"]).get("args", {})
         if saved.keys() != defaults.keys():
             parser.error(f"{given['resume']} is a run of another script")
         if given.keys() - MAY_CHANGE:
@@ -93,4 +98,4 @@ def settings_of_run(model):
     result = Path(model or "").parent / "result.json"
     if not model or not Path(model).is_dir() or not result.exists():
         return {}
-    return json.loads(result.read_text())["args"]
+    return json.loads(result.read_text()).get("args", {})

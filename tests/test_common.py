@@ -92,10 +92,10 @@ def test_two_processes_make_a_run(tmp_path):
 
 
 @pytest.mark.parametrize("flags, mentioned", [
-    (["--tau", "0"], "--tau"), (["--tau", "nan"], "--tau"), (["--group_size", "1"], "--group_size"),
+    (["--tau", "0"], "--tau"), (["--tau", "inf"], "--tau"), (["--group_size", "1"], "--group_size"),
     (["--latent_steps", "40"], "--latent_steps"), (["--seed", "-1"], "--seed"),
     (["--model", "no-such-model"], "no-such-model"), (["--kind", "no"], "mixed, plus"),
-    (["--task", "nowhere", "--model", "chains"], "nowhere/test.jsonl"), (["--lr", "x"], "--lr"),
+    (["--task", "nowhere", "--model", "chains"], "--task nowhere"), (["--lr", "x"], "--lr"),
     (["--task", "{tmp}", "--model", "chains"], "train.jsonl, line 2"),
     (["--out", "{tmp}/train.jsonl/run"], "train.jsonl"), (["--out", "{tmp}"], "--resume"),
     (["--resume", "{tmp}"], "nothing to resume"),
@@ -168,8 +168,9 @@ def encode(lm, text, max_new_tokens=4):
 
 def test_a_prompt_that_the_model_cannot_take_is_refused(lm):
     assert encode(lm, " 1 + 2 ?") == lm.tokenizer.encode(" 1 + 2 ?")
-    with pytest.raises(UserError, match="cannot spell"):
-        encode(lm, "How many eggs are left?")
+    for text in ("How many eggs are left?", " 999 + 1 ? <think>", " 16+5 ? <think>"):
+        with pytest.raises(UserError, match="cannot spell"):
+            encode(lm, text)
     with pytest.raises(UserError, match="512 positions"):
         encode(lm, " 1 + 2 ?", 509)
     encode(lm, " 1 + 2 ?", 508)
@@ -197,8 +198,12 @@ def test_a_chat_template_frames_the_prompt_and_names_an_end_token(lm, tmp_path):
     assert encoding.end_of_turn(lm.tokenizer) == [2]
     lm.model.save_pretrained(tmp_path), lm.tokenizer.save_pretrained(tmp_path)
     args = SimpleNamespace(model=str(tmp_path), device="cpu", precision="float32")
-    assert common.load_model(args).stop_ids.tolist() == [1, 2]
+    loaded = common.load_model(args)
+    assert loaded.stop_ids.tolist() == [1, 2]
+    assert loaded.model.generation_config.eos_token_id == 1  # and stays as it was
     lm.tokenizer.chat_template = "{{ raise_exception('system first') }}"
+    with pytest.raises(UserError, match="system first"):
+        encode(lm, " 1 + 2 ?")
     lm.tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="system first"):
         common.load_model(args)
@@ -210,7 +215,10 @@ def test_a_local_folder_comes_before_the_hub(tmp_path, monkeypatch):
     for name in ("other/model", "gpt2"):
         assert encoding.model_path(name) == name
     assert encoding.model_path("chains") == CHAINS
-    (tmp_path / "Qwen2.5-0.5B").mkdir()
+    for name in ("Qwen2.5-0.5B", "chains"):  # one with a model in it, and one without
+        (tmp_path / name).mkdir()
+    (tmp_path / "Qwen2.5-0.5B/config.json").touch()
+    assert encoding.model_path("chains") == CHAINS
     assert encoding.model_path("Qwen2.5-0.5B") == "Qwen2.5-0.5B"
 
 
@@ -408,6 +416,20 @@ def test_a_full_disk_or_memory_is_one_line(end, tmp_path, capsys):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_weights_that_blew_up_are_one_line(tmp_path, capsys):
+    flags = [*t.QUICK, "--steps", "2", "--eval_every", "0", "--out", str(tmp_path / "run")]
+    with pytest.raises(SystemExit):
+        common.run_main(lambda: lepo.main([*flags, "--lr", "1e30"]))
+    assert "--lr was too high" in capsys.readouterr().err
+
+
+def test_gpu_memory_and_long_reasons_are_one_line(capsys):
+    for error in (torch.OutOfMemoryError("CUDA"), UserError("one\ntwo"), Exception("(os error 28)")):
+        with pytest.raises(SystemExit):
+            common.run_main(lambda: (_ for _ in ()).throw(error))
+        assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_bug_keeps_its_traceback():

@@ -585,6 +585,13 @@ WRONG = r"""
 18\text{ and a half}
 18 plus two
 18 fifths
+18 ninths
+18 lakh
+18 divided by three
+1\quad 8
+1'8
+1\text{ }8
+18_{16}
 18 or 19
 18 and 19
 18,19
@@ -745,7 +752,7 @@ def test_a_missing_math_verify_is_an_error_at_the_start(gsm8k, monkeypatch):
     monkeypatch.setitem(sys.modules, "math_verify", None)
     monkeypatch.delitem(sys.modules, "tasks.gsm8k")
     with pytest.raises(UserError, match="pip install math-verify"):
-        tasks.find("any-folder")
+        tasks.find("gsm8k")
 
 
 @pytest.mark.slow
