@@ -59,8 +59,7 @@ def sum_gradients_over_ranks(model):
 def mean_over_ranks(values):
     """The mean of a tensor's values, over all ranks -> float, NaN of nothing"""
     total = sum_over_ranks(values.sum(dtype=torch.float))
-    count = sum_over_ranks(torch.ones_like(values).sum(dtype=torch.float))
-    return (total / count).item()
+    return (total / sum_over_ranks(torch.ones_like(values).sum(dtype=torch.float))).item()
 
 
 # --- 2. Errors ------------------------------------------------------------------------------------
@@ -271,15 +270,17 @@ class Run:
     def save(self, step, before):
         """Written aside and renamed: a crash leaves the old checkpoint or the new one."""
         if RANK == 0:
-            state = {
-                "step": step,
-                "before": before,
-                "args": vars(self.args),
-                "model": self.lm.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-            }
             aside = self.folder / "checkpoint.tmp"
-            torch.save(state, aside)
+            torch.save(
+                {
+                    "step": step,
+                    "before": before,
+                    "args": vars(self.args),
+                    "model": self.lm.model.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                },
+                aside,
+            )
             aside.replace(self.folder / "checkpoint.pt")
 
     def log(self, row):
