@@ -209,6 +209,8 @@ def log_probs_at(hidden, head, ids):
         return logits.gather(-1, ids) - logits.logsumexp(-1, keepdim=True)  # (chunk, K)
 
     chunk = 2**25 // len(head)
+    if len(ids) <= chunk:  # few enough to be kept
+        return log_probs(hidden, ids)
     return torch.cat([
         checkpoint(log_probs, *part, use_reentrant=False, preserve_rng_state=False)
         for part in zip(hidden.split(chunk), ids.split(chunk))
@@ -238,7 +240,7 @@ def load_checkpoint(folder):
             f"{folder}/checkpoint.pt", map_location="cpu", weights_only=True, mmap=True
         )
     except Exception as error:  # none there, or a damaged one
-        raise UserError(f"nothing to resume in {folder} ({type(error).__name__})") from None
+        raise UserError(f"nothing to resume in {folder} ({type(error).__name__})")
 
 
 class Run:
