@@ -93,8 +93,9 @@ class LanguageModel:
 
     def autocast(self):
         """One context around a rollout, so that weights are cast once. Not under inference_mode."""
-        device = self.embedding.device.type
-        return torch.autocast(device, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+        return torch.autocast(
+            self.embedding.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16
+        )
 
     def hidden_states(self, embeds, cache, mask=None):
         """The model without its head: (B, L, D) -> (B, L, D)
@@ -132,7 +133,7 @@ def load_model(args):
         )
         check_model(lm)
     except Exception as error:  # no such name, no network, a damaged file, an exotic model
-        raise UserError(f"cannot use the model {path}: {error}") from None
+        raise UserError(f"cannot use the model {path}: {error}")
     lm.dtype = getattr(torch, args.precision)
     return lm
 
