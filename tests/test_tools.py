@@ -105,9 +105,9 @@ def test_the_curve_has_steps_texts_and_accuracy(folders, tmp_path, axes):
 
 def test_lines_of_old_runs_are_read(tmp_path, capsys):
     """They say length, and their flags name data instead of a task."""
-    plot.main([str(HERE / "results/runs.jsonl"), "--only", "^(grpo|trees-lepo)-seed"])
+    plot.main([str(HERE / "results/runs.jsonl"), "--only", "^former/(grpo|trees-lepo)-seed"])
     printed = capsys.readouterr().out
-    assert "| grpo | 5 | 100 | 61 | 0.506 → 1.000 ± 0.000 |" in printed
+    assert "| former/grpo | 5 | 100 | 61 | 0.506 → 1.000 ± 0.000 |" in printed
     assert "| 22.672 → 22.672 ± 0.000 |" in printed
     assert "| 0.885 → 0.924 ± 0.008 | 0.834 → 0.918 ± 0.001 | 0.161 → 0.112 ± 0.023 |" in printed
 
