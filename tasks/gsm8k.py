@@ -104,7 +104,8 @@ COUNTS = re.compile(  # words that are no unit: 18 thousand is not 18
     r"|factorial|squared|cubed)\b",
     re.IGNORECASE,
 )
-APART = re.compile(r"\d(?:[\s~$%'_{]|\\[ ,;:!$%]|\\q?quad|\\text\{\s*\})+\d")  # math-verify takes 1 8 for 9, and $1$8 for 18
+# math-verify takes 1 8 for 9, and $1$8 for 18
+APART = re.compile(r"\d(?:[\s~$%'_{]|\\[ ,;:!$%]|\\q?quad|\\text\{\s*\})+\d")
 
 
 def to_number(text):

@@ -426,7 +426,8 @@ def test_weights_that_blew_up_are_one_line(tmp_path, capsys):
 
 
 def test_gpu_memory_and_long_reasons_are_one_line(capsys):
-    for error in (torch.OutOfMemoryError("CUDA"), UserError("one\ntwo"), Exception("(os error 28)")):
+    full = Exception("(os error 28)")
+    for error in (torch.OutOfMemoryError("CUDA"), UserError("one\ntwo"), full):
         with pytest.raises(SystemExit):
             common.run_main(lambda: (_ for _ in ()).throw(error))
         assert capsys.readouterr().err.count("\n") == 1
