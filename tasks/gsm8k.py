@@ -93,7 +93,8 @@ NUMBER = re.compile(
     re.ASCII,
 )
 DEGREE = r"\\?%|°|\^\\circ|\^\{\\circ\}"
-UNIT = r"\\(?:text|mathrm|mbox)\{[^{}\\\d]{2,}\}|(?<!\d)[a-z]{4,}(?: (?!and |or )[a-z]+)*"  # not 18x
+# but not 18x
+UNIT = r"\\(?:text|mathrm|mbox)\{[^{}\\\d]{2,}\}|(?<!\d)[a-z]{4,}(?: (?!and |or )[a-z]+)*"
 ANSWER = re.compile(
     rf"(?:\+(?!-))?{NUMBER.pattern}{SPACE}(?:{DEGREE})?{SPACE}(?:{UNIT})?\.?",
     re.ASCII | re.IGNORECASE,
