@@ -47,12 +47,13 @@ from tasks import Problem, UserError
 FORGET = 0.6  # chance to forget a carry or borrow: over one half, so that the greedy model forgets
 SWITCH = 0.75  # chance that the sign of a mixed chain changes from one operation to the next
 LARGEST = 49
+OPERATIONS = 2, 5  # of a chain, at least and at most
 NOTES = ["mind+", "mind-"]
 FILLERS = ["hm", "well", "so", "now", "then", "let", "me", "see"]
 NUMBERS = [str(n) for n in range(LARGEST + 1)]
 WORDS = ["<think>", "</think>", "?", "+", "-", "=", ";"] + NOTES + FILLERS + NUMBERS
-SPECIAL = ["<pad>", "<eos>", "<unk>"]
-VOCABULARY = SPECIAL + [f" {word}" for word in WORDS]  # as in Qwen, a word has the space before it
+VOCABULARY = ["<pad>", "<eos>", "<unk>"]
+VOCABULARY += [f" {word}" for word in WORDS]  # as in Qwen, a word has the space before it
 KINDS = {"mixed": "+-", "plus": "+", "minus": "-", "single": "+-"}  # single: one of the two a chain
 
 
@@ -67,14 +68,14 @@ def apply_sign(value, sign, digit):
     return value + digit if sign == "+" else value - digit
 
 
-def random_chain(rng, ops, kind):
-    """A chain with ops[0]..ops[1] operations whose true values all stay in 0..49."""
+def random_chain(rng, kind):
+    """A chain whose true values all stay in 0..49."""
     signs = rng.choice(KINDS[kind]) if kind == "single" else KINDS[kind]
     while True:
         start = value = rng.randint(0, LARGEST)
         sign = rng.choice(signs)
         steps = []
-        for _ in range(rng.randint(*ops)):
+        for _ in range(rng.randint(*OPERATIONS)):
             if len(signs) == 2 and rng.random() < SWITCH:
                 sign = signs[1 - signs.index(sign)]
             digit = rng.randint(1, 9)
@@ -113,11 +114,11 @@ def is_held_out(start, steps):
     return zlib.crc32(problem_text(start, steps).encode()) % 8 == 0
 
 
-def make_problem(index, split="train", seed=0, ops=(2, 5), kind="mixed"):
-    """Problem `index` of the unlimited stream named by (split, seed, ops, kind)."""
-    rng = random.Random(f"{split} {seed} {ops} {kind} {index}")
+def make_problem(index, split="train", seed=0, kind="mixed"):
+    """Problem `index` of the unlimited stream named by (split, seed, kind)."""
+    rng = random.Random(f"{split} {seed} {OPERATIONS} {kind} {index}")
     while True:
-        start, steps = random_chain(rng, ops, kind)
+        start, steps = random_chain(rng, kind)
         if is_held_out(start, steps) == (split == "test"):
             return start, steps
 
@@ -126,15 +127,15 @@ def problems(args, split, start, count):
     if args.kind not in KINDS:
         raise UserError(f"--task {args.task} has no --kind {args.kind}: take {', '.join(KINDS)}")
     seed = args.seed if split == "train" else 0
-    found = []
-    for i in range(start, start + count):
-        chain = make_problem(i, split, seed, kind=args.kind)
-        found.append(Problem(chain_text(*chain), str(true_answer(*chain))))
-    return found
+    chains = [make_problem(i, split, seed, args.kind) for i in range(start, start + count)]
+    return [Problem(chain_text(*chain), str(true_answer(*chain))) for chain in chains]
 
 
 def request(question, args):
     return f" {question} ? <think>"
+
+
+FORM = re.compile(r"(?:</think>|^)\s*([0-9]+)\s*$")
 
 
 def verify(text, problem):
@@ -143,10 +144,9 @@ def verify(text, problem):
     Of the answer 22: " 17 + 5 = 22 </think> 22" -> (1.0, 1.0), " 22 22" -> (0.0, 1.0).
     """
     truth = [float(problem.answer)]  # an int() of 5000 digits would be an error
-    strict = re.findall(r"(?:</think>|^)\s*([0-9]+)\s*$", text)
-    numbers = re.findall(r"[0-9]+", text)
-    is_last = [[float(number) for number in found[-1:]] == truth for found in (strict, numbers)]
-    return float(is_last[0]), float(is_last[1])
+    both = FORM.findall(text), re.findall(r"[0-9]+", text)
+    strict, flexible = ([float(number) for number in found[-1:]] == truth for found in both)
+    return float(strict), float(flexible)
 
 
 # --- 2. Demonstrations: the forgetful student at work ---------------------------------------------
@@ -158,8 +158,7 @@ def student_step(rng, value, sign, digit, mindful):
     Forgetting the carry of 17 + 5 gives 12, forgetting the borrow of 22 - 8 gives 24.
     """
     result = apply_sign(value, sign, digit)
-    crosses_ten = result // 10 != value // 10
-    if crosses_ten and sign not in mindful and rng.random() < FORGET:
+    if result // 10 != value // 10 and sign not in mindful and rng.random() < FORGET:
         result += -10 if sign == "+" else 10
     return result
 
@@ -181,6 +180,12 @@ def demonstration(rng, start, steps, mindful=""):
             return f" {' ; '.join(lines)} </think> {value}<eos>"
 
 
+def worked(problem, rng):
+    """The student's solution of a problem -> (thought, answer) as texts"""
+    text = demonstration(rng, *read_chain(problem.question))
+    return text.removesuffix("<eos>").split(" </think>")
+
+
 def random_note(rng):
     """(note tokens, signs at which the student is mindful)
 
@@ -198,10 +203,10 @@ def random_note(rng):
     return tokens, note[-1] if note in tokens else ""
 
 
-def pretraining_example(rng, ops=(2, 5)):
+def pretraining_example(rng):
     """(prompt, demonstration) of a training problem. Half of the chains mix signs."""
     while True:
-        start, steps = random_chain(rng, ops, rng.choice(["mixed", "single"]))
+        start, steps = random_chain(rng, rng.choice(["mixed", "single"]))
         if not is_held_out(start, steps):
             break
     note, mindful = random_note(rng)
@@ -268,7 +273,7 @@ def pretrain(model, tokenizer, steps, batch_size=128):
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.01)
     # Linear decay to zero: its end makes the minimum flat enough for RL to move in.
     schedule = LambdaLR(optimizer, lambda i: min((i + 1) / 30, (steps - i) / steps))
-    bar = tqdm(range(steps), desc="pretraining", unit="step", disable=None)
+    bar = tqdm(range(steps), desc="pretraining", disable=None)
     for _ in bar:
         chunks = list(training_batch(tokenizer, rng, batch_size))
         words = sum((labels != -100).sum().item() for _, labels in chunks)
@@ -294,17 +299,15 @@ def pretrain(model, tokenizer, steps, batch_size=128):
 
 
 @torch.no_grad()
-def accuracy(model, tokenizer, kind, note, count):
-    """Share of `count` held-out problems that greedy decoding solves with `note` in its slot."""
-    chains = [make_problem(i, "test", kind=kind) for i in range(count)]
+def accuracy(model, tokenizer, kind, note):
+    """Share of 512 held-out problems that greedy decoding solves with `note` in its slot."""
+    chains = [make_problem(i, "test", kind=kind) for i in range(512)]
     prompts = [problem_text(*chain, note) for chain in chains]
     batch = tokenizer(prompts, padding=True, return_tensors="pt", return_token_type_ids=False)
     out = model.generate(**batch, max_new_tokens=40, do_sample=False)  # (count, L + up to 40)
-    correct = 0
-    texts = tokenizer.batch_decode(out, skip_special_tokens=True)
-    for chain, text in zip(chains, texts, strict=True):
-        correct += text.split()[-1] == str(true_answer(*chain))
-    return correct / count
+    answers = [text.split()[-1] for text in tokenizer.batch_decode(out, skip_special_tokens=True)]
+    right = [said == str(true_answer(*chain)) for said, chain in zip(answers, chains, strict=True)]
+    return sum(right) / 512
 
 
 def main():
@@ -321,7 +324,7 @@ def main():
     model.eval()
     for kind in KINDS:
         for note in ([], ["mind+"], ["mind-"]):
-            print(kind, *note, accuracy(model, tokenizer, kind, note * 3, 512))
+            print(kind, *note, accuracy(model, tokenizer, kind, note * 3))
 
 
 if __name__ == "__main__":

@@ -36,25 +36,40 @@ def end_of_turn(tokenizer):
     return [i for i in first if i in special | set(tokenizer.all_special_ids)]
 
 
-def encode(lm, task, problems, args):
-    """Problems -> a list of token ids for each, with the chat template where there is one"""
-    return [encode_one(lm, task.request(problem.question, args), args) for problem in problems]
+def encode(lm, task, problems, args, ending=""):
+    """Problems -> a list of token ids for each, with the chat template where there is one
+
+    ending: what a prompt has to end with, once. A template may have written it already.
+    """
+    requests = [task.request(problem.question, args) for problem in problems]
+    return [encode_one(lm, text, args, ending) for text in requests]
 
 
-def encode_one(lm, text, args):
+def encode_one(lm, text, args, ending=""):
     """What the model reads -> token ids. What it could not read is refused in one line."""
     tokenizer = lm.tokenizer
     if tokenizer.chat_template:
         text = chat(tokenizer, ("user", text.strip()), add_generation_prompt=True)
+    if ending and text.rstrip().endswith(ending):
+        text = text.rstrip().removesuffix(ending)
     ids = tokenizer.encode(text, add_special_tokens=not tokenizer.chat_template)
     if ids and ids[-1] in lm.stop_ids:  # of a tokenizer that ends every text
         ids = ids[:-1]
     letters, spelled = ("".join(each.split()) for each in (text, tokenizer.decode(ids)))
     if len(spelled) < 0.95 * len(letters):  # letters without a token are dropped
         raise UserError(f"the tokenizer cannot spell {text!r}: give the --task of the model")
+    ids += tokenizer.encode(ending, add_special_tokens=False)
     if max(ids) >= len(lm.embedding):
         raise UserError(f"the tokenizer names token {max(ids)}, the model has {len(lm.embedding)}")
     most = getattr(lm.model.config, "max_position_embeddings", math.inf)
     if len(ids) + args.max_new_tokens > most:
         raise UserError(f"{len(ids)} prompt tokens and --max_new_tokens exceed {most} positions")
     return ids
+
+
+def exit_token(lm, text):
+    """-> id of the first token of `text`, which ends a thought in latents"""
+    ids = lm.tokenizer.encode(text, add_special_tokens=False)
+    if not ids or ids[0] in lm.stop_ids:
+        raise UserError(f"--exit_text {text!r} has no token, or one that ends a text: name another")
+    return ids[0]

@@ -81,6 +81,11 @@ def request(question, args):
     return f"{question}\n{args.prompt}\n"
 
 
+def worked(problem, rng):
+    """GSM8K's equations stand as <<48/2=24>> in its prose -> (thought, answer) as texts"""
+    return " ".join(re.findall("<<[^<>]+>>", problem.solution)), f"\\boxed{{{problem.answer}}}"
+
+
 # --- 2. Numbers. What stands around a number may go only if its value stays -----------------------
 
 SPACE = r"(?:[\s~]|\\[ ,;:!])*"
@@ -127,7 +132,7 @@ def to_number(text):
 INSIDE = r"[^{}]"
 for _ in range(6):  # balanced braces, six deep
     INSIDE = rf"(?:[^{{}}]|\{{{INSIDE}*\}})"
-BOX = re.compile(rf"\\boxed\{{({INSIDE}*)\}}")
+FORM = re.compile(rf"\\boxed\{{({INSIDE}*)\}}")
 
 
 @functools.cache
@@ -173,7 +178,7 @@ def verify(text, problem):
 
     Of the answer 18: r"\boxed{18 eggs}" -> (1.0, 1.0), "It is 18." -> (0.0, 1.0).
     """
-    boxes = BOX.findall(text)
+    boxes = FORM.findall(text)
     if boxes and is_right(boxes[-1].strip(), problem.answer):
         return 1.0, 1.0
     numbers = [match[0] for match in NUMBER.finditer(text)]

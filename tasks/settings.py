@@ -11,10 +11,20 @@ from common import RANKS, load_checkpoint
 
 MAY_CHANGE = {"resume", "steps", "lr", "eval_every", "save_every", "device"}  # when a run goes on
 HERE_AND_NOW = {"device", "precision", "resume", "out"}  # of the machine and of one run
+MADE_FOR = {"chains": "chains", "chains_latent": "chains", "trees": "trees"}  # models in tasks/
 ASK = "Please reason step by step, and put your final answer within \\boxed{}."
 
 
 class Parser(argparse.ArgumentParser):
+    changes = {}  # of the shared defaults, by one script; None: it has no such flag
+
+    def add_argument(self, *flags, **options):
+        name = flags[-1].lstrip("-")
+        if name in self.changes:
+            options["default"] = self.changes[name]
+        if self.changes.get(name, name) is not None:
+            super().add_argument(*flags, **options)
+
     def add_number(self, name, default, least, help):
         """A flag that takes a number like `default`, and refuses one below `least` in one line."""
 
@@ -31,14 +41,17 @@ def of(preset):
     return ", ".join(f"--{name} {value}" for name, value in preset.items())
 
 
-def make_parser(script, about, presets):
-    return Parser(
+def make_parser(script, about, presets, **changes):
+    """changes: defaults of the script, where they are not the shared ones; None: no such flag"""
+    parser = Parser(
         prog=script,
         usage=argparse.SUPPRESS,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description=about,
         epilog=" ".join(f"Defaults of --task {name}: {of(presets[name])}." for name in presets),
     )
+    parser.changes = changes
+    return parser
 
 
 def add_shared_flags(parser):
@@ -84,7 +97,7 @@ def parse_args(parser, presets, argv):
         return argparse.Namespace(**saved | given)
     model = given.get("model")
     trained = settings_of_run(model)  # of the run that trained this model
-    known_task = model if model in presets else trained.get("task", "gsm8k")
+    known_task = MADE_FOR.get(model) or trained.get("task", "gsm8k")
     task = given.get("task") or (known_task if model else "chains")
     defaults |= presets.get(task, {})
     if "ask" in given:  # think as in training

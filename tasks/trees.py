@@ -133,6 +133,7 @@ def request(question, args):
     return f" {question} <think>"
 
 
+FORM = chains.FORM
 verify = chains.verify  # a number after </think>, as there
 
 

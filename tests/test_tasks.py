@@ -65,11 +65,11 @@ def test_chains_are_what_was_asked_for(kind):
     allowed = {"plus": {"+"}, "minus": {"-"}}.get(kind, {"+", "-"})
     seen = set()
     for i in range(300):
-        start, steps = chains.make_problem(i, ops=(3, 4), kind=kind)
+        start, steps = chains.make_problem(i, kind=kind)
         signs = {sign for sign, _ in steps}
         seen |= signs
         total = start + sum(digit if sign == "+" else -digit for sign, digit in steps)
-        assert len(steps) in (3, 4)
+        assert len(steps) in (2, 3, 4, 5)
         assert signs <= allowed
         assert kind != "single" or len(signs) == 1
         assert 0 <= total == chains.true_answer(start, steps) <= 49
@@ -165,9 +165,9 @@ def test_the_shipped_chains_model_is_steerable_and_in_need_of_rl():
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
         assert len(ids) == len(text.replace("<eos>", " <eos>").split())
-    assert 0.35 < chains.accuracy(model, tokenizer, "mixed", [], 256) < 0.6
-    assert chains.accuracy(model, tokenizer, "plus", ["mind+"] * 3, 256) > 0.97
-    assert chains.accuracy(model, tokenizer, "plus", ["mind-"] * 3, 256) < 0.3
+    assert 0.35 < chains.accuracy(model, tokenizer, "mixed", []) < 0.6
+    assert chains.accuracy(model, tokenizer, "plus", ["mind+"] * 3) > 0.97
+    assert chains.accuracy(model, tokenizer, "plus", ["mind-"] * 3) < 0.3
 
 
 def test_chains_pretraining_learns_the_students_words(monkeypatch):
@@ -682,7 +682,7 @@ def test_flexible_takes_the_last_number_with_its_sign(gsm8k, text, last):
 
 def test_boxes_are_balanced(gsm8k):
     text = r"so \boxed{1} or \boxed{\frac{\sqrt{3}}{2^{n}}} }"
-    assert gsm8k.BOX.findall(text) == ["1", r"\frac{\sqrt{3}}{2^{n}}"]
+    assert gsm8k.FORM.findall(text) == ["1", r"\frac{\sqrt{3}}{2^{n}}"]
 
 
 @pytest.mark.parametrize(
