@@ -55,8 +55,8 @@ import tasks
 from tasks import encoding, settings
 
 # --- 1. Settings ----------------------------------------------------------------------------------
-# The defaults of the method's own flags are the paper's, from its run with Qwen2.5-3B. All other
-# flags are in tasks/settings.py. A built-in task needs other values.
+# The defaults of the method's own flags are the paper's. All other flags are in tasks/settings.py.
+# A built-in task needs other values.
 PRESETS = {
     "chains": dict(
         model="chains",
@@ -300,7 +300,7 @@ def evaluate(lm, task, problems, args, full):
     """Always the same held-out problems and the same noise -> dict of means over all ranks
 
     greedy: noise-free. `full` adds sampled, with the noise of training, and greedy_no_latents,
-    where words take the place of soft tokens: what is lost there is what the mixtures were worth.
+    without soft tokens: what is lost there is what they were worth.
     """
     torch.manual_seed(12345 + common.RANK)
     mine = problems[common.RANK :: common.RANKS]

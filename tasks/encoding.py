@@ -50,15 +50,17 @@ def encode_one(lm, text, args, ending=""):
     tokenizer = lm.tokenizer
     if tokenizer.chat_template:
         text = chat(tokenizer, ("user", text.strip()), add_generation_prompt=True)
-    if ending and text.rstrip().endswith(ending):
-        text = text.rstrip().removesuffix(ending)
+    has_ending = bool(ending) and text.rstrip().endswith(ending)
+    if has_ending:
+        text = text.rstrip()
     ids = tokenizer.encode(text, add_special_tokens=not tokenizer.chat_template)
     if ids and ids[-1] in lm.stop_ids:  # of a tokenizer that ends every text
         ids = ids[:-1]
     letters, spelled = ("".join(each.split()) for each in (text, tokenizer.decode(ids)))
     if len(spelled) < 0.95 * len(letters):  # letters without a token are dropped
         raise UserError(f"the tokenizer cannot spell {text!r}: give the --task of the model")
-    ids += tokenizer.encode(ending, add_special_tokens=False)
+    if not has_ending:
+        ids += tokenizer.encode(ending, add_special_tokens=False)
     if max(ids) >= len(lm.embedding):
         raise UserError(f"the tokenizer names token {max(ids)}, the model has {len(lm.embedding)}")
     most = getattr(lm.model.config, "max_position_embeddings", math.inf)
