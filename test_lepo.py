@@ -261,8 +261,9 @@ def test_without_noise_thoughts_are_equal_and_texts_are_not():
 def test_advantages():
     rewards = torch.tensor([[1.0, 1, 0, 0], [1, 0, 0, 0]])
     ours = lepo.group_advantages(rewards)
-    expected = torch.tensor([[0.866, 0.866, -0.866, -0.866], [1.5, -0.5, -0.5, -0.5]])
-    assert torch.allclose(ours, expected, atol=1e-3)
+    usual = torch.tensor([[0.866025] * 2 + [-0.866025] * 2, [1.5, -0.5, -0.5, -0.5]])
+    std = torch.tensor([[0.577350], [0.5]])
+    assert torch.allclose(ours, usual * std / (std + 1e-4), atol=1e-5)
     assert ours.sum(1).abs().max() < 1e-6
     assert torch.allclose(lepo.group_advantages(3 + rewards), ours, atol=1e-6)
 
@@ -280,12 +281,12 @@ def test_each_rollout_is_judged_by_its_own_problem():
     tokenizer = SimpleNamespace(
         batch_decode=lambda rows, **_: [" ".join(words[i] for i in row) for row in rows]
     )
-    tokens = torch.tensor([[2, 2, 3], [2, 3, 3], [3, 2, 2], [3, 3, 2], [2, 3, 3], [2, 2, 2]])
-    roll = SimpleNamespace(tokens=tokens, length=torch.tensor([1, 2, 1, 1, 2, 3]), ids=tokens)
+    tokens = torch.tensor([[2, 2, 3], [3, 3, 3], [3, 2, 2], [3, 3, 2], [2, 3, 3], [2, 2, 2]])
+    roll = SimpleNamespace(tokens=tokens, length=torch.tensor([1, 1, 1, 1, 2, 3]), ids=tokens)
     task = SimpleNamespace(verify=lambda text, problem: (float(text == problem), len(text) / 2))
     strict, flexible = lepo.rewards_of(SimpleNamespace(tokenizer=tokenizer), task, roll, ["a", "b"])
     assert strict.tolist() == [[1, 0, 0], [1, 0, 0]]
-    assert flexible.tolist() == [[0.5, 1.5, 0.5], [0.5, 1.5, 2.5]]
+    assert flexible.tolist() == [[0.5, 0.5, 0.5], [0.5, 1.5, 2.5]]
 
 
 # --- 5. Log-probability ---------------------------------------------------------------------------

@@ -27,7 +27,7 @@ import common
 import lepo
 import test_lepo as t
 from common import UserError
-from tasks import Problem, encoding
+from tasks import Problem, encoding, find, settings
 
 HERE = Path(__file__).parents[1]
 CHAINS = HERE / "tasks/models/chains"
@@ -88,6 +88,24 @@ def test_two_processes_make_a_run(tmp_path):
     assert len(t.rows_of(tmp_path / "run")) == 5 and json.loads(out.splitlines()[-1])["greedy"] >= 0
 
 
+def test_each_rank_takes_its_own_problems(monkeypatch, tmp_path):
+    seen = {}
+    monkeypatch.setattr(common, "RANKS", 2)
+    monkeypatch.setattr(common, "start_ranks", lambda device: None)
+    monkeypatch.setattr(common, "sum_over_ranks", lambda tensor: tensor)
+    monkeypatch.setattr(lepo, "evaluate", lambda *_, **__: {})
+    for rank in (1, 0):
+        monkeypatch.setattr(common, "RANK", rank)
+        seen[rank] = taken = []
+        monkeypatch.setattr(encoding, "encode", lambda *given: taken.append(given[2]))
+        (tmp_path / str(rank)).mkdir()
+        with pytest.raises(TypeError):  # there are no prompts
+            lepo.main([*t.QUICK, "--out", str(tmp_path / str(rank) / "run")])
+    args = SimpleNamespace(task="chains", kind="mixed", seed=0)
+    batch = find("chains").problems(args, "train", 0, 4)
+    assert seen == {0: [batch[0::2]], 1: [batch[1::2]]}
+
+
 # --- Settings -------------------------------------------------------------------------------------
 
 
@@ -133,6 +151,25 @@ def test_where_a_value_comes_from(tmp_path):
     checkpoint(tmp_path, lepo.parse_args(["--tau", "0.7", "--out", str(tmp_path / "run")]))
     again = lepo.parse_args(["--resume", str(tmp_path / "run"), "--steps", "7"])
     assert (again.tau, again.latent_steps, again.steps) == (0.7, 12, 7)
+
+
+def test_a_script_changes_a_shared_default_or_has_no_such_flag(capsys):
+    presets = {"chains": {"lr": 0.5}}
+    for flags, lr in (["--model", "any"], 0.1), ([], 0.5), (["--lr", "2"], 2.0):
+        parser = settings.make_parser("x.py", "about", presets, lr=0.1, group_size=None)
+        args = settings.parse_args(parser, presets, flags)
+        assert args.lr == lr and not hasattr(args, "group_size")
+    parser = settings.make_parser("x.py", "about", presets, lr=0.1, group_size=None)
+    with pytest.raises(SystemExit):
+        settings.parse_args(parser, presets, ["--lr", "-1"])  # its least value stays
+    assert "--lr" in capsys.readouterr().err and "group_size" not in parser.format_help()
+
+
+@pytest.mark.parametrize("model, task", [
+    ("chains", "chains"), ("chains_latent", "chains"), ("trees", "trees"), ("Qwen2.5-0.5B", "gsm8k")
+])  # fmt: skip
+def test_a_model_of_this_repository_names_its_task(model, task):
+    assert lepo.parse_args(["--model", model]).task == task
 
 
 @pytest.mark.parametrize(
@@ -207,6 +244,32 @@ def test_a_chat_template_frames_the_prompt_and_names_an_end_token(lm, tmp_path):
     lm.tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="system first"):
         common.load_model(args)
+
+
+@pytest.mark.parametrize("opened", ["", " <think>", " <think>\n"])
+def test_a_prompt_ends_with_its_ending_once(lm, opened):
+    """Also where the chat template has written it."""
+    plain = lm.tokenizer.encode(" hm 1 + 2 ? so")
+    template = TEMPLATE.replace("' <unk>'", "''")
+    lm.tokenizer.chat_template = template.replace("' so'", repr(" so" + opened))
+    args = SimpleNamespace(max_new_tokens=4)
+    (think,) = lm.tokenizer.encode(" <think>")
+    assert encoding.encode_one(lm, "1 + 2 ?", args, " <think>") == [*plain, think]
+    if not opened:
+        assert encoding.encode_one(lm, "1 + 2 ?", args) == plain
+
+
+def test_a_problem_of_chains_opens_its_thought_itself(lm):
+    args, task = SimpleNamespace(max_new_tokens=4), find("chains")
+    (ids,) = encoding.encode(lm, task, [Problem("1 + 2", "3")], args, "<think>")
+    assert ids == lm.tokenizer.encode(" 1 + 2 ? <think>")
+
+
+def test_the_exit_is_the_first_token_of_its_text(lm):
+    assert [encoding.exit_token(lm, " </think> 4")] == lm.tokenizer.encode(" </think>")
+    for text in ("", "<eos>"):
+        with pytest.raises(UserError, match="--exit_text"):
+            encoding.exit_token(lm, text)
 
 
 def test_a_local_folder_comes_before_the_hub(tmp_path, monkeypatch):

@@ -156,6 +156,19 @@ def test_the_student_forgets_only_carries_and_borrows_and_only_where_not_mindful
         assert abs(sum(wrong) / len(wrong) - chains.FORGET) < 0.06
 
 
+def test_a_worked_solution_is_a_thought_and_its_answer():
+    """Of a student who forgets .6 of the carries, so some answers are wrong."""
+    rng, right = random.Random(0), 0
+    for i in range(200):
+        chain = chains.make_problem(i)
+        problem = Problem(chains.chain_text(*chain), str(chains.true_answer(*chain)))
+        thought, answer = chains.worked(problem, rng)
+        assert thought.startswith(f" {chain[0]} ") and thought.split()[-1] == answer.strip()
+        assert thought.count(";") == len(chain[1]) - 1
+        right += chains.verify(f"{thought} </think>{answer}", problem)[0]
+    assert 40 < right < 160
+
+
 def test_the_shipped_chains_model_is_steerable_and_in_need_of_rl():
     """Its tokenizer has a token for each word, and the methods build on these three numbers."""
     model, tokenizer = load("chains")
@@ -483,6 +496,14 @@ def test_the_hub_path_with_the_real_library(gsm8k, tmp_path, monkeypatch):
     found = gsm8k.problems(settings("gsm8k"), "train", 0, 1)
     gsm8k.read_problems.cache_clear()
     assert found == [Problem("q", "3", "1 + 2\n#### 3")]
+
+
+def test_a_worked_solution_is_its_equations(gsm8k):
+    solution = "48/2 = <<48/2=24>>24 in May. Then <<48+24=72>>72.\n#### 72"
+    thought, answer = gsm8k.worked(Problem("?", "72", solution), None)
+    assert (thought, answer) == ("<<48/2=24>> <<48+24=72>>", "\\boxed{72}")
+    assert gsm8k.verify(answer, Problem("?", "72")) == (1, 1)
+    assert gsm8k.worked(Problem("?", "72", "72"), None)[0] == ""
 
 
 # --- 4. GSM8K and folders: the verifier -----------------------------------------------------------
