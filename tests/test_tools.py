@@ -311,7 +311,7 @@ def test_a_thought_of_latent_grpo_is_a_picture(tmp_path, axes):
     for when, path in models.items():
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path).eval()
-        ids = torch.tensor([tokenizer.encode(f" {thought['question'].strip()}")])
+        ids = torch.tensor([tokenizer.encode(f" {thought['question']} ? <think>")])
         with torch.no_grad():
             logits = model(ids).logits[0, -1]  # (V,)
         probs, ids = logits.softmax(-1).topk(10)

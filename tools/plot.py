@@ -29,6 +29,7 @@ import torch
 
 sys.path.insert(0, f"{Path(__file__).parents[1]}")  # the root, since this file is run as a script
 import common
+import latent_grpo
 import lepo
 import tasks
 from tasks import UserError, encoding, trees
@@ -54,10 +55,10 @@ SCORES = [
 # --- 1. Runs --------------------------------------------------------------------------------------
 def read_lines(path):
     """A file with JSON in every line -> list"""
-    # The length of noise-free texts is greedy_length in lepo.py, and length in the others.
-    lines = path.read_text().replace("greedy_length", "length").splitlines()
+    # What some scripts call greedy_length and greedy_exit_rate is length and exit_rate in others.
+    text = re.sub("greedy_(length|exit_rate)", r"\1", path.read_text())
     try:
-        return [json.loads(line) for line in lines if line.strip()]
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
     except ValueError:
         raise UserError(f"{path} has a line that is no JSON, or only half of it")
 
@@ -82,12 +83,14 @@ def read_folder(folder):
         "curve": [],
     }
     if rows and "reward" in rows[0]:  # latent_sft.py has none
-        run["zero_advantage"] = mean(row["zero_advantage"] for row in rows)
+        if "zero_advantage" in rows[0]:
+            run["zero_advantage"] = mean(row["zero_advantage"] for row in rows)
         run["curve"].append({"step": 0, "texts": 0, "greedy": run["greedy_before"]})
         rows[-1]["greedy"] = run["greedy"]
         texts = 0
         for row in rows:
-            texts += row.get("rollouts", args["prompts_per_step"] * args["group_size"])
+            draw = args["prompts_per_step"] * args["group_size"]
+            texts += row.get("rollouts", draw * row.get("draws", 1))
             if "greedy" in row:
                 run["curve"].append(
                     {"step": row["step"] + 1, "texts": texts, "greedy": row["greedy"]}
@@ -114,27 +117,18 @@ def read_groups(paths, only):
 
 
 # --- 2. Thoughts about held-out problems, without noise -------------------------------------------
-def lepo_thoughts(args, count):
-    task = tasks.find(args.task)
-    problems = task.problems(args, "test", 0, count)
-    lm = common.load_model(args)
+def lepo_thoughts(lm, task, problems, args):
     encoded = encoding.encode(lm, task, problems, args)
     roll = lepo.rollout(lm, encoded, 1, args.latent_steps, args, noise_free=True)
     roll.latents = roll.length.clamp(max=args.latent_steps)  # (P,)
-    right = lepo.rewards_of(lm, task, roll, problems)[0]  # (P, 1)
-    return lm, problems, roll, lepo.texts_of(lm, roll), right
+    return roll, lepo.texts_of(lm, roll)
 
 
-def latent_grpo_thoughts(args, count):
-    import latent_grpo  # here, until it is rewritten for common.py
-
-    engine = latent_grpo.common
-    problems = engine.take_problems(args, "test", 0, count)
-    lm = engine.load_model(args)
-    encoded = [engine.encode_prompt(lm.tokenizer, item, args.think_text) for item in problems]
-    roll = latent_grpo.rollout(lm, encoded, 1, args, None, noise_free=True)
-    roll.weights = roll.scores.softmax(-1)  # (P, T, K)
-    return lm, problems, roll, *latent_grpo.score(lm, roll, problems)
+def latent_grpo_thoughts(lm, task, problems, args):
+    lm.exit_id = encoding.exit_token(lm, args.exit_text)
+    encoded = encoding.encode(lm, task, problems, args, latent_grpo.THINK)
+    roll = latent_grpo.rollout(lm, encoded, 1, args.max_new_tokens, args, noise_free=True)
+    return roll, latent_grpo.texts_of(lm, roll)
 
 
 THINK = {"lepo": lepo_thoughts, "latent_grpo": latent_grpo_thoughts}
@@ -146,8 +140,13 @@ def look(run, number, on_trees):
     count = max(number + 1, args.eval_problems * on_trees)
     thought = {}
     trained = f"{run['folder']}/model"  # not in args.out: the folder may have moved
+    task = tasks.find(args.task)
+    problems = task.problems(args, "test", 0, count)
     for when, suffix, args.model in (("before", "_before", args.model), ("after", "", trained)):
-        lm, problems, roll, texts, right = THINK[run["method"]](args, count)
+        lm = common.load_model(args)
+        roll, texts = THINK[run["method"]](lm, task, problems, args)
+        verdicts = [task.verify(*pair)[0] for pair in zip(texts, problems)]
+        right = torch.tensor(verdicts)  # (P,)
         latents = zip(roll.ids[number].tolist(), roll.weights[number].tolist())
         words = [dict(zip(map(lm.tokenizer.decode, ids), weights)) for ids, weights in latents]
         thought[when] = {"latents": words[: roll.latents[number]], "text": texts[number]}
