@@ -1,226 +1,221 @@
-r"""DeepLatent Reasoning, DLR (arXiv 2601.17275), in one file. No other public code was found.
+r"""DLR, DeepLatent Reasoning (arXiv 2601.17275), in one file. Read lepo.py first.
 
-    python dlr.py                               # a frozen chains model on a laptop CPU, a minute or two
-    python dlr.py --policy prompt               # a control: one learned prompt for all problems
-    python dlr.py --model Qwen/Qwen2.5-1.5B-Instruct --assistant Qwen2.5-0.5B          # GSM8K, one GPU
+    python dlr.py                            # a frozen small model on a laptop CPU, a minute or two
+    python dlr.py --policy prompt            # a control: one learned prompt for all problems
+    python dlr.py --model Qwen2.5-1.5B-Instruct --assistant Qwen2.5-0.5B    # GSM8K on one GPU
 
-A large model stays as it is, to the bit. A small one, the assistant, reads the problem and writes T latents into the
-prompt of the large one, which then answers greedily. RL explores latents, not words of the answer: it trains the
-assistant, so that latents which lead to right answers become likelier.
+A large model stays as it is, to the bit. A small model, the assistant, reads the problem and
+writes T latents into the prompt of the large one. The large one then answers greedily. RL explores
+latents, and not the words of an answer. It trains the assistant, so that latents which lead to
+right answers become likelier.
 
 For a problem x and a group of G trajectories i:
 
-  (1)  latents:     z_i ~ pi(. | x) = prod_t N(mu_t(x), sigma_t(x)^2),  z_it in R^d; mu and sigma are read off the
-                    assistant's states at T learned queries behind the problem
-  (2)  text:        y_i = greedy M([E(x); f(z_i1) ... f(z_iT); E(cue)]),  M frozen,  f(z) = softmax(W z) E,  W fixed
-  (3)  reward:      R_i = R_corr + lambda R_form,  each 1 or -1: a right answer, the form that was asked for
-  (4)  advantage:   A_i = (R_i - mean_group R) / (std_group R + 1e-6)
-  (5)  objective:   J = mean_i [min(rho_i A_i, clip(rho_i, 1-eps, 1+eps) A_i) - beta KL(pi || pi_ref) / d],
-                    rho_i = exp((log pi(z_i) - log pi_old(z_i)) / d),  pi_ref: the policy at the start
-  (6)  contrastive: L_cl = -mean_tk log(exp(s z_kt . z_kt) / sum_j exp(s z_kt . z_jt)),  k and j in one group,
-                    s = 1 / (d sigma^2) with the sigma of the start
-  (7)  loss:        -J + gamma L_cl,  and with a pre-screen (value(z_i) - R_i)^2, which trains the value head alone
+  (1)  latents:      z_it ~ pi(. | x) = N(mu_t(x), sigma_t(x)^2) in R^d, for t = 1 .. T
+                     mu and sigma are read off the assistant's states at T learned queries, which
+                     stand behind the problem.
+  (2)  text:         y_i = greedy M([E(x); f(z_i1) .. f(z_iT); E(cue)])
+                     M is the frozen model, E its embeddings. f(z) = softmax(W z) E, W is fixed.
+  (3)  reward:       R_i = R_corr + lambda R_form, each 1 or -1: a right answer, and the form that
+                     the task asked for
+  (4)  advantage:    A_i = (R_i - mean R) / (std R + 1e-6), over a group
+  (5)  objective:    J = mean_i A_i log pi(z_i | x) / d - beta KL(pi || pi_ref) / d
+                     pi_ref is the policy at the start.
+  (6)  contrastive:  L_cl = -mean_kt log(exp(s z_kt . z_kt) / sum_j exp(s z_kt . z_jt))
+                     k and j are trajectories of one group, s = 1 / (d sigma^2) with the sigma of
+                     the start.
+  (7)  loss:         -J + gamma L_cl + mean_i (V(z_i) - R_i)^2
+                     The last term trains the value head V alone.
 
-With --filter prescreen M decodes only 18 % of the G latents: those of which a value head expects most, and, for a
-quarter of the places and one at least, others at random.
+The large model takes no part in an update. A latent is scored by the policy that drew it, so no
+text is replayed, and a step costs greedy texts and one pass of the small model.
 
-What the paper leaves open, and what is done here:
-  1. *f*: a latent has 512 numbers, the main model's embeddings 4,096; the map between them is not given. Here a latent
-     becomes a soft token, a mixture of the main model's words. --projection identity is the literal reading: z is the
-     embedding, and d its width. RL trains neither W nor E: the action is z, before f.
-  2. *The density* in rho and KL is not defined: here the Gaussian of (1), whose KL has a closed form.
-  3. *The exponent* of rho: a sum over T d numbers moves so far in one AdamW step that exp overflows. So log rho and KL
-     are divided by d (by T d, log rho would hardly move), and log rho is held within 5.
-  4. *Filtering*: its Algorithm 1 decodes all G, its section on cost decodes 18 %, by a score that it does not define.
-     What the pre-screen takes is no fair draw of pi, so its gradient is biased.
-  5. *"Bidirectional"*: the scores of (6) are symmetric, so both directions are equal. Its sum over k is a mean here.
-     Its s is 1, where (6) is exactly 0 in float32 for d = 512. On draws, which are constants, (6) has no gradient: it
-     gets one through mu + sigma noise.
-  6. *Place*: the latents stand behind the question, before the cue <think>. T is fixed. In evaluations z is mu.
-  7. Not reported and chosen here: lambda .2, eps .2, one update per batch, the population's standard deviation in (4).
-  8. Numbers of the paper: 55.4 on GSM8K against GRPO's 46.2, 18 % decoded at no loss, 4.7 points from (6) on MATH; one
-     run each. README says what of it is seen in small.
+With `--filter prescreen` M decodes only 18 % of the G latents: those of which V expects most, and
+a few others at random. That is how the paper saves most of its cost.
 
-Why words? The chains main model was pretrained with notes in half of its prompts: behind `mind+` it forgets no carry.
-Mixtures of words often contain such a note: before training .36 of the groups have right and wrong answers. Gaussian
-noise in embedding space hardly ever comes near one: .05 to .08.
+Why is f a mixture of words? The small main model was pretrained with notes in half of its prompts.
+Behind the note `mind+` it forgets no carry. Random mixtures of words often contain such a note:
+before training .36 of the groups have both right and wrong answers. Gaussian noise in the space of
+embeddings hardly ever comes near a note: .05 to .08 of the groups.
+
+What the paper reports, one run each: 55.4 on GSM8K against 46.2 of GRPO, no loss with 18 % decoded,
+and 4.7 points from (6) on MATH. README.md says what of it is seen in small.
+
+No public code was found, and the paper leaves much open. A paragraph that begins with "Open in the
+paper" says what, and what is done here.
 """
 
-import argparse
-import hashlib
 import math
-import re
 import time
+from argparse import Namespace
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.distributions import Normal, kl_divergence
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-import engine as common
+import common
+import tasks
+from tasks import encoding, settings
 
-# --- 1. Flags: the method's are the paper's where it gives them, sizes are for one GPU; TINY is for the chains model --
-TINY = dict(
-    assistant="chains", data="chains", latent_dim=32, max_new_tokens=40, steps=100, eval_problems=512, eval_every=10,
-    micro_batch=32,  # all prompts of a step
-    kind="single",  # chains of one sign, each of which one note would help
-    latent_steps=4,  # with six, the other latents drown the right word
-    lr=3e-3, lr_assistant=1e-3,  # 1e-3 is too slow, 6e-3 no better; a third of it for the assistant
-    contrast=0.01,  # at the paper's .1 noise grows: .69 of the samples are right instead of .98
-)  # fmt: skip
+# --- 1. Settings ----------------------------------------------------------------------------------
+# The defaults of the method's own flags are the paper's where it gives them. Sizes are for one GPU:
+# the paper has 64 trajectories a group, and up to 32 latents of 512 numbers. All other flags are in
+# tasks/settings.py. A built-in task needs other values.
+# Open in the paper: lambda of (3), the standard deviation in (4), how many updates a batch gets.
+# Here: 0.2, that of the population, and one.
+PRESETS = {
+    "chains": dict(
+        model="chains",
+        assistant="chains",
+        cue=" <think>",  # its words carry their space
+        kind="single",  # chains of one sign, each of which one note would help
+        latent_steps=4,  # with six, the other latents drown the right word
+        latent_dim=32,  # enough to name one of 70 words
+        max_new_tokens=40,
+        steps=100,
+        lr=3e-3,  # 1e-3 is too slow, 6e-3 no better
+        lr_assistant=1e-3,
+        contrast=0.01,  # at the paper's .1 noise grows: .69 of the samples are right and not .98
+        eval_problems=512,
+    ),
+}
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="dlr.py", usage=argparse.SUPPRESS, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="DeepLatent Reasoning: an assistant whispers to a frozen model. The first page explains it.",
-        epilog=f"The chains model has defaults of its own: {TINY}",
-    )  # fmt: skip
-    add, at_least = parser.add_argument, common.at_least
-    add("--assistant", default="Qwen2.5-0.5B", help="the model that learns to write latents; --model is frozen")
-    add("--policy", default="parallel", choices=["parallel", "prompt"], help="all latents from one pass of the "
-        "assistant; or, a control, one learned prompt for all problems")  # fmt: skip
-    add("--projection", default="words", choices=["words", "identity"], help="f of (2): mixtures of words, or z itself")
-    add("--latent_steps", type=at_least(1), default=16, help="T, latents per problem (paper: at most 32)")
-    add("--latent_dim", type=at_least(1), default=128, help="d, numbers per latent (paper: 512)")
-    add("--sigma", type=at_least(1e-3, float), default=1.0, help="deviation at the start; identity: in embeddings' rms")
-    add("--format_weight", type=at_least(0, float), default=0.2, help="lambda of (3)")
-    add("--filter", default="all", choices=["all", "prescreen"], help="decode all latents of a group, or a share")
-    add("--share", type=at_least(0, float), default=0.18, help="of the group that is decoded after a pre-screen")
-    add("--updates_per_batch", type=at_least(1), default=1, help="passes over a batch; from the second on, (5) clips")
-    add("--clip", type=at_least(0, float), default=0.2, help="eps of (5)")
-    add("--kl_coef", type=at_least(0, float), default=0.01, help="beta of (5); above 0 keeps a second assistant")
-    add("--contrast", type=at_least(0, float), default=0.1, help="gamma of (7)")
-    add("--lr_assistant", type=at_least(0, float), default=3e-5, help="peak rate of the assistant; --lr: of the rest")
-    common.add_shared_flags(parser)
-    parser.set_defaults(lr=1e-4, steps=200, group_size=16, max_new_tokens=256)
-    args = common.parse_args(parser, argv, TINY)
-    if not 2 <= decodes(args) <= args.group_size:  # an advantage compares texts
-        parser.error(f"--share must leave 2 to {args.group_size} of --group_size {args.group_size}: change one of them")
+    about = "DLR: an assistant whispers to a frozen model. The first page of the file explains it."
+    changed = dict(steps=200, group_size=16, max_new_tokens=256, lr=1e-4, ask=None)
+    parser = settings.make_parser("dlr.py", about, PRESETS, **changed)
+    number, add = parser.add_number, parser.add_argument  # number: name, default, least value, help
+    add("--assistant", default="Qwen2.5-0.5B", help="the model that is trained; --model is frozen")
+    policies, projections = ["parallel", "prompt"], ["words", "identity"]
+    add("--policy", default="parallel", choices=policies, help="prompt: one for all problems")
+    add("--projection", default="words", choices=projections, help="f of (2); identity: z itself")
+    add("--cue", default="<think>", help="what stands behind the latents, in (2)")
+    number("latent_steps", 16, 1, "T, latents of a problem")
+    number("latent_dim", 128, 1, "d, numbers of a latent")
+    number("sigma", 1.0, 1e-3, "of (1) at the start; with identity in units of an embedding's rms")
+    number("format_weight", 0.2, 0.0, "lambda of (3)")
+    add("--filter", default="all", choices=["all", "prescreen"], help="which latents are decoded")
+    number("share", 0.18, 0.0, "of a group that is decoded after a pre-screen")
+    number("kl_coef", 0.01, 0.0, "beta of (5)")
+    number("contrast", 0.1, 0.0, "gamma of (7)")
+    number("lr_assistant", 3e-5, 0.0, "peak rate of the assistant; --lr is that of the rest")
+    args = settings.parse_args(parser, PRESETS, argv)
+    if not 2 <= decoded(args) <= args.group_size:  # an advantage compares texts
+        parser.error(f"--share must leave 2 to {args.group_size} of --group_size: change one")
+    if not args.cue:
+        parser.error("--cue must not be empty")
     return args
 
 
-# --- 2. The latent policy, (1): the only thing that learns ------------------------------------------------------------
-class LatentPolicy(torch.nn.Module):
-    """pi(z | x): assistant, T queries, two heads; the fixed map W of (2), and the value head of the pre-screen.
-
-    At the start sigma is the same everywhere and far larger than mu. It stays within e^-4 and e times that.
-    """
+# --- 2. The latent policy: equation (1), and f of (2) ---------------------------------------------
+# The only thing that learns. At the start sigma is the same everywhere and far larger than mu, so
+# the draws of a group differ and a reward can tell them apart.
+# Open in the paper: the density of a latent. Here it is the Gaussian of (1), whose KL has a closed
+# form. T is fixed.
+# Open in the paper: f. A latent has 512 numbers, an embedding of its main model 4,096. Here a
+# latent becomes a soft token, a mixture of the main model's words. `--projection identity` is the
+# literal reading: z is the embedding, and d is its width. RL trains neither W nor E, because the
+# action is z, before f.
+class LatentPolicy(nn.Module):
+    """pi(z | x): the assistant, T queries, two heads; and W of (2) and the value head V of (7)"""
 
     def __init__(self, lm, main_lm, args):
         super().__init__()
-        self.lm, self.assistant, self.main_lm, self.args = lm, lm.model, main_lm, args
-        width, (vocabulary, main_width) = lm.table.shape[1], main_lm.table.shape
+        self.args = args
+        self.main_lm = main_lm  # a dataclass, so its weights are no parameters of the policy
+        self.lm = lm
+        self.assistant = lm.model
+        width = lm.embedding.shape[1]  # h
+        vocabulary, main_width = main_lm.embedding.shape  # V, D
         d = main_width if args.projection == "identity" else args.latent_dim
-        queries = torch.randn(args.latent_steps, width) * lm.table.detach().std().cpu()  # as large as an embedding
-        self.queries = torch.nn.Parameter(queries)  # (T, h)
-        self.norm = torch.nn.LayerNorm(width)
-        self.mu, self.log_std = torch.nn.Linear(width, d), torch.nn.Linear(width, d)
-        with torch.no_grad():
-            self.mu.weight.mul_(0.1)
-            self.mu.bias.zero_()
-            self.log_std.weight.zero_()
-            self.log_std.bias.fill_(math.log(args.sigma))
-        seen = args.latent_steps * d + width  # numbers in the value head's view of a trajectory
-        layers = torch.nn.Linear(seen, 64), torch.nn.GELU(), torch.nn.Linear(64, 1)
-        self.value = torch.nn.Sequential(torch.nn.LayerNorm(seen), *layers)
-        # W. Below a deviation of sqrt(2 ln V) a softmax over V random logits is spread over all, above it over few: at
-        # 1.4 times that, most draws mix two to five words. All rows have one norm, so all words are equally likely.
+        queries = torch.randn(args.latent_steps, width)  # (T, h)
+        queries *= lm.embedding.detach().std().cpu()  # as large as an embedding
+        self.queries = nn.Parameter(queries)
+        self.norm = nn.LayerNorm(width)
+        self.mu = nn.Linear(width, d)
+        self.log_std = nn.Linear(width, d)
+        nn.init.zeros_(self.mu.bias)
+        nn.init.zeros_(self.log_std.weight)
+        nn.init.constant_(self.log_std.bias, math.log(args.sigma))
+        self.mu.weight.data *= 0.1
+        seen = args.latent_steps * d + width  # F, numbers that V sees of a trajectory
+        hidden = nn.Linear(seen, 64)
+        self.value = nn.Sequential(nn.LayerNorm(seen), hidden, nn.GELU(), nn.Linear(64, 1))
+        # A softmax over V random logits is spread over all words if their deviation is far below
+        # sqrt(2 ln V), and is one word if it is far above. At 1.4 times that, most draws mix two to
+        # five words. All rows of W have one norm, so all words are equally likely.
         if args.projection == "words":
-            directions = F.normalize(torch.randn(vocabulary, d), dim=-1)
-            self.register_buffer("words", 1.4 * math.sqrt(2 * math.log(vocabulary)) * directions)  # (V, d)
+            directions = F.normalize(torch.randn(vocabulary, d), dim=-1)  # (V, d)
+            self.register_buffer("words", 1.4 * math.sqrt(2 * math.log(vocabulary)) * directions)
         self.to(args.device)
 
     def forward(self, prompts):
-        """P prompts -> mean and log standard deviation (P, 1, T, d), states (P, 1, T, h): one pass for a whole group"""
-        states = self.queries.expand(len(prompts), -1, -1)  # (P, T, h)
+        """P prompts -> pi, a Gaussian over (P, 1, T, d), and the states below it (P, 1, T, h)
+
+        One pass serves all trajectories of a problem: the 1 stands for its group. Prompts are
+        padded on the left. Sigma stays within e^-4 and e times that of the start.
+        """
+        ids = [torch.tensor(prompt, device=self.args.device) for prompt in prompts]
+        ids = pad_sequence(ids, True, padding_value=-1, padding_side="left")  # (P, L)
+        latent_steps = len(self.queries)  # T
+        states = self.queries.expand(len(ids), -1, -1)  # (P, T, h)
         if self.args.policy == "parallel":
-            ids, mask = common.left_pad(prompts, self.queries.device)  # (P, L) each
-            embeds = torch.cat([self.lm.table[ids], states], 1)  # (P, L + T, h)
+            mask = F.pad((ids >= 0).long(), (0, latent_steps), value=1)  # (P, L + T)
+            embeds = torch.cat([self.lm.embedding[ids.clamp(min=0)], states], 1)  # (P, L + T, h)
             with self.lm.autocast():
-                hidden = self.lm.hidden_states(embeds, F.pad(mask, (0, states.shape[1]), value=1))  # (P, L + T, h)
-            states = hidden[:, -states.shape[1] :].float()
-        states, start = self.norm(states)[:, None], math.log(self.args.sigma)
-        return self.mu(states), self.log_std(states).clamp(start - 4, start + 1), states
+                hidden = self.lm.hidden_states(embeds, None, mask)  # (P, L + T, h)
+            states = hidden[:, -latent_steps:].float()
+        states = self.norm(states)[:, None]  # (P, 1, T, h)
+        start = math.log(self.args.sigma)
+        log_std = self.log_std(states).clamp(start - 4, start + 1)  # (P, 1, T, d)
+        return Normal(self.mu(states), log_std.exp(), validate_args=False), states
 
     def mixture(self, z):
-        """softmax(W z): latents (..., d) -> weights of the main model's words (..., V)"""
+        """softmax(W z): latents (…, d) -> weights of the main model's words (…, V)"""
         return F.linear(z, self.words).softmax(-1)
 
     def project(self, z):
-        """f of (2): latents (..., d) -> embeddings of the main model (..., D)"""
-        table = self.main_lm.table.detach()  # (V, D)
+        """f of (2): latents (…, d) -> embeddings of the main model (…, D)"""
+        embedding = self.main_lm.embedding  # (V, D)
         if self.args.projection == "identity":
-            return z * table.square().mean().sqrt()
-        parts = [self.mixture(part) @ table for part in z.flatten(0, -2).split(256)]  # (256, V) is large
-        return torch.cat(parts).unflatten(0, z.shape[:-1])
+            return z * embedding.float().square().mean().sqrt()
+        few = z.flatten(0, -2).split(256)  # a latent makes V weights: not for all of them at once
+        mixed = [self.mixture(latents).to(embedding.dtype) @ embedding for latents in few]
+        return torch.cat(mixed).unflatten(0, z.shape[:-1])
+
+    def save_pretrained(self, folder):
+        self.assistant.save_pretrained(folder)  # checkpoint.pt has the rest too
+
+    def parameter_groups(self):
+        """Heads, assistant, value head: each has its own rate and its own bound on the gradient"""
+        heads = [self.queries, *self.norm.parameters()]
+        heads += [*self.mu.parameters(), *self.log_std.parameters()]
+        return [
+            {"params": heads},
+            {"params": self.assistant.parameters()},
+            {"params": self.value.parameters()},
+        ]
 
 
 def load_policy(main_lm, args):
-    """The policy at the start, which follows from the seed. It is also pi_ref."""
-    lm = common.load_model(argparse.Namespace(**vars(args) | {"model": args.assistant, "compile": False}))
+    """The policy at the start, which follows from the seed. It is also pi_ref of (5)."""
+    lm = common.load_model(Namespace(**vars(args) | {"model": args.assistant}))
     torch.manual_seed(args.seed)
     return LatentPolicy(lm, main_lm, args)
 
 
-# --- 3. Rollout, (2): draw latents, choose which to decode, let the frozen model answer -------------------------------
-FORMAT = "Reason between <think> and </think>, then give only the final answer between <answer> and </answer>."
-
-
-def encode(tokenizer, problems):
-    """-> prompts, lists of token ids, that end where the latents begin; token ids of the cue behind these"""
-    cue, prompts = " <think>" if problems[0].form == "think" else "<think>", []
-    for problem in problems:  # the built-in task's questions end in the cue, to others the form is added
-        question = problem.question.removesuffix(cue) if problem.form == "think" else f"{problem.question}\n{FORMAT}\n"
-        prompts.append(common.encode_prompt(tokenizer, common.Problem(question, "", "tags")))  # no \boxed{}
-    return prompts, tokenizer.encode(cue, add_special_tokens=False)
-
-
-def decode(main_lm, problems, thoughts, args):
-    """Equation (2): embeddings (P, K, T, D) -> P * K texts, their lengths and whether they ended, (P, K) each
-
-    The decoder holds the KV cache and runs a prompt once for its K thoughts: feed(embeddings) gives the next logits,
-    keep(rows) drops the other rows.
-    """
-    prompts, cue = encode(main_lm.tokenizer, problems)
-    with torch.no_grad(), main_lm.autocast():
-        thought = thoughts.flatten(0, 1)  # (N, T, D)
-        before_text = torch.cat([thought, main_lm.table[cue].expand(len(thought), -1, -1)], 1)  # (N, T + cue, D)
-        tokens = torch.zeros(len(thought), args.max_new_tokens, dtype=torch.long, device=args.device)  # (N, columns)
-        length, rows = torch.zeros_like(tokens[:, 0]), torch.arange(len(tokens), device=args.device)  # (N,), (B,)
-        ended, stop_ids = torch.zeros_like(length, dtype=torch.bool), torch.tensor(main_lm.stop_ids, device=args.device)
-        decoder = common.Decoder(main_lm, prompts, thoughts.shape[1], before_text.shape[1] + args.max_new_tokens)
-        for embeds in before_text.unbind(1):  # (N, D)
-            logits = decoder.feed(embeds)  # (N, V)
-        for t in range(args.max_new_tokens):
-            best = logits.argmax(-1)  # (B,)
-            tokens[rows, t], length[rows], ended[rows] = best, t + 1, torch.isin(best, stop_ids)
-            going = (~ended[rows]).nonzero().squeeze(-1)  # (B',) of the B rows
-            if len(going) == 0 or t + 1 == args.max_new_tokens:
-                break
-            if len(going) < len(rows):
-                rows, best = rows[going], best[going]
-                decoder.keep(going)
-            logits = decoder.feed(main_lm.table[best])  # (B', V)
-    written = [ids[:count] for ids, count in zip(tokens.tolist(), length.tolist(), strict=True)]
-    texts = main_lm.tokenizer.batch_decode(written, skip_special_tokens=True)
-    return texts, length.view(thoughts.shape[:2]), ended.view(thoughts.shape[:2])
-
-
-def decodes(args):
-    """K, the trajectories of a group that the main model decodes"""
-    return round(args.share * args.group_size) if args.filter == "prescreen" else args.group_size
-
-
-def prescreen(guesses, args, generator):
-    """Expected rewards (P, G) -> which K to decode (P, K): the best, and a quarter at random among the others, from
-    which the value head learns what it would have missed. Of 64 these are 9 and 3."""
-    wild = max(1, round(0.25 * decodes(args)))
-    best = guesses.topk(decodes(args) - wild, dim=1).indices  # (P, K - wild)
-    lots = torch.rand(guesses.shape, generator=generator, device=guesses.device).scatter(1, best, -1.0)  # (P, G)
-    return torch.cat([best, lots.topk(wild, dim=1).indices], 1)
-
-
+# --- 3. Rollout: equation (2) ---------------------------------------------------------------------
+# Draw G latents for each problem, choose which of them to decode, and let the frozen model answer.
+# Open in the paper: where latents stand. Here they stand between the question and the cue, as a
+# note would.
+# Open in the paper: its Algorithm 1 decodes all G. Its section on cost decodes 18 %, by a score
+# that it does not define. Here that is the value head V. What it takes is no fair draw of pi, so
+# the gradient of a pre-screened run is biased.
 @dataclass
 class Rollout:
     """G trajectories for each of P prompts, of which K were decoded."""
@@ -228,272 +223,301 @@ class Rollout:
     prompts: list  # P lists of the assistant's token ids
     noise: torch.Tensor  # (P, G, T, d) of all trajectories, for (6)
     z: torch.Tensor  # (P, K, T, d) latents
-    seen: torch.Tensor  # (P, K, F) what the value head sees: latents, and the mean state at the queries
+    seen: torch.Tensor  # (P, K, F) what V sees: latents, and the mean state at the queries
     texts: list  # P * K
     length: torch.Tensor  # (P, K) tokens of the text, the end token included
     ended: torch.Tensor  # (P, K) bool, by an end token and not by the cap
 
 
-def rollout(policy, problems, args, generator):
-    prompts, _ = encode(policy.lm.tokenizer, problems)
-    with torch.no_grad():
-        mu, log_std, states = policy(prompts)  # (P, 1, T, d) twice, (P, 1, T, h)
-        shape = len(prompts), args.group_size, *mu.shape[2:]  # (P, G, T, d)
-        noise = torch.randn(shape, generator=generator, device=args.device)
-        z = mu + log_std.exp() * noise  # equation (1), (P, G, T, d)
-        seen = torch.cat([z.flatten(2), states.mean(2).expand(-1, args.group_size, -1)], -1)  # (P, G, F)
-        if args.filter == "prescreen":
-            chosen = prescreen(policy.value(seen).squeeze(-1), args, generator)  # (P, K)
-            groups = torch.arange(len(prompts), device=args.device)[:, None]  # (P, 1)
-            z, seen = z[groups, chosen], seen[groups, chosen]
-        texts, length, ended = decode(policy.main_lm, problems, policy.project(z), args)
+def encode(lm, task, problems, args):
+    """-> prompts that end where the latents begin, and the cue behind them, as token ids"""
+    cue = lm.tokenizer.encode(args.cue, add_special_tokens=False)
+    prompts = encoding.encode(lm, task, problems, args, ending=args.cue)
+    return [ids[: len(ids) - len(cue)] for ids in prompts], cue
+
+
+@torch.no_grad()
+def decode(main_lm, task, problems, thoughts, args):
+    """Equation (2): f(z) (P, K, T, D) -> P * K texts, their lengths and if they ended, (P, K)"""
+    prompts, cue = encode(main_lm, task, problems, args)
+    shape = thoughts.shape[:2]
+    thoughts = thoughts.flatten(0, 1)  # (N, T, D), N = P * K
+    cue = main_lm.embedding[cue].expand(len(thoughts), -1, -1)  # (N, tokens of the cue, D)
+    decoder = common.Decoder(main_lm, prompts, shape[1])
+    logits = decoder.feed(torch.cat([thoughts, cue], 1))  # (N, V)
+
+    rows = torch.arange(len(thoughts), device=args.device)  # (B,) the texts that go on
+    tokens = torch.zeros(len(rows), args.max_new_tokens, dtype=torch.long, device=args.device)
+    length = torch.full_like(rows, args.max_new_tokens)  # (N,)
+    ended = torch.zeros_like(rows, dtype=torch.bool)  # (N,)
+    for t in range(args.max_new_tokens):
+        token = logits.argmax(-1)  # (B,)
+        tokens[rows, t] = token
+        stops = torch.isin(token, main_lm.stop_ids)  # (B,)
+        length[rows[stops]] = t + 1
+        ended[rows[stops]] = True
+        if stops.all():
+            break
+        if stops.any():  # texts that have ended leave the decoder
+            rows, token = rows[~stops], token[~stops]
+            decoder.keep(~stops)
+        logits = decoder.feed(main_lm.embedding[token][:, None])  # (B, V)
+    written = [ids[:count] for ids, count in zip(tokens, length, strict=True)]
+    texts = main_lm.tokenizer.batch_decode(written, skip_special_tokens=True)
+    return texts, length.view(shape), ended.view(shape)
+
+
+def decoded(args):
+    """K, the trajectories of a group that the main model decodes: 12 of 64 at --share .18"""
+    return round(args.share * args.group_size) if args.filter == "prescreen" else args.group_size
+
+
+def prescreen(expected, args):
+    """Rewards that V expects (P, G) -> which to decode (P, K): the best, and others at random
+
+    From a quarter of the places, at least one, V learns what it would have missed. Of 64
+    trajectories the 9 best are decoded and 3 others.
+    """
+    others = max(1, decoded(args) // 4)
+    best = expected.topk(decoded(args) - others, dim=1).indices  # (P, K - others)
+    lots = torch.rand(expected.shape, device=expected.device)  # (P, G)
+    lots = lots.scatter(1, best, -1.0)  # the best draw no lot
+    return torch.cat([best, lots.topk(others, dim=1).indices], 1)
+
+
+@torch.no_grad()
+def rollout(policy, task, problems, args):
+    """G trajectories for each of P problems -> Rollout"""
+    prompts, _ = encode(policy.lm, task, problems, args)
+    pi, states = policy(prompts)
+    noise = torch.randn(len(problems), args.group_size, *pi.mean.shape[2:], device=args.device)
+    z = pi.mean + pi.stddev * noise  # equation (1), (P, G, T, d)
+    mean_state = states.mean(2).expand(-1, args.group_size, -1)  # (P, G, h)
+    seen = torch.cat([z.flatten(2), mean_state], -1)  # (P, G, F)
+    if args.filter == "prescreen":
+        chosen = prescreen(policy.value(seen).squeeze(-1), args)  # (P, K)
+        group = torch.arange(len(problems), device=args.device)[:, None]  # (P, 1)
+        z = z[group, chosen]
+        seen = seen[group, chosen]
+    texts, length, ended = decode(policy.main_lm, task, problems, policy.project(z), args)
     return Rollout(prompts, noise, z, seen, texts, length, ended)
 
 
-# --- 4. Reward and advantages, (3) and (4): the verifier reads text and nothing else ----------------------------------
-INSIDE = r"((?:(?!</?(?:think|answer)>).)*)"  # anything but one of the tags
-FORMS = {  # of what follows the cue: a thought and an answer, each tag once, with nothing else around them
-    "think": rf"{INSIDE}</think>\s*(\d+)\s*",
-    "boxed": rf"{INSIDE}</think>\s*<answer>\s*(?=\S)(?!</answer>){INSIDE}</answer>\s*",
-}
-
-
-def score(texts, ended, problems):
-    """-> R_corr and R_form, each 1 or -1, (P, K). A text that has not ended has no form.
-
-    An answer counts without its form, too: what stands in the last box, or the last number.
-    """
-    rewards = []
-    for n, (text, end) in enumerate(zip(texts, ended.flatten().tolist(), strict=True)):
-        problem = problems[n // ended.shape[1]]
-        found = re.fullmatch(FORMS[problem.form], text, re.DOTALL)
-        said = found[2].strip() if found else text
-        right = any(common.verify(said, problem)) or found is not None and common.answers_equal(said, problem.answer)
-        rewards.append([2.0 * right - 1, 2.0 * (bool(found) and end) - 1])
-    return torch.tensor(rewards, device=ended.device).T.reshape(2, *ended.shape)
+# --- 4. Reward and advantages: equations (3) and (4) ----------------------------------------------
+# The verifier reads text and nothing else. An answer in the form that was asked for is the answer,
+# whatever else the text says. Only where nothing has the form, the last number counts.
+# Open in the paper: the form. Its text names tags like <answer>. Here it is the task's: \boxed{},
+# or in chains a number behind </think>. A text that has not ended has no form.
+def rewards_of(task, problems, texts, ended):
+    """The two parts of (3), each 1 or -1: P * K texts, ended (P, K) -> R_corr and R_form (P, K)"""
+    right, in_form = [], []
+    for n, text in enumerate(texts):
+        strict, flexible = task.verify(text, problems[n // ended.shape[1]])
+        in_form.append(task.FORM.search(text) is not None)
+        right.append(strict if in_form[n] else flexible)
+    right = torch.tensor(right, device=ended.device).view_as(ended)
+    in_form = torch.tensor(in_form, device=ended.device).view_as(ended)
+    return 2 * right - 1, 2.0 * (in_form & ended) - 1
 
 
 def group_advantages(rewards):
-    """Equation (4): rewards (P, K) -> advantages (P, K). 1.2, -0.8, -1.2, 0.8 give 1.18, -.78, -1.18, .78.
+    """Equation (4): rewards (P, K) -> advantages (P, K), with the population's standard deviation
 
-    Equal rewards give exactly 0, and not what rounding leaves of -0.8 minus the mean of -0.8.
+    Rewards 1.2, -.8, -1.2, .8 give 1.18, -.78, -1.18, .78. Equal rewards give exactly 0, and not
+    what rounding leaves of -.8 minus the mean of -.8, divided by 1e-6.
     """
-    equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)  # (P, 1)
+    rewards = rewards - rewards[:, :1]  # changes no advantage, and equal rewards become zeros
     std = rewards.std(1, keepdim=True, unbiased=False)  # (P, 1)
-    return ((rewards - rewards.mean(1, keepdim=True)) / (std + 1e-6)).masked_fill(equal, 0)
+    return (rewards - rewards.mean(1, keepdim=True)) / (std + 1e-6)
 
 
-# --- 5. Densities and the contrastive loss, in float32 ----------------------------------------------------------------
-def log_density(z, mu, log_std):
-    """log pi(z | x) of (1), (..., T, d) -> (...)"""
-    terms = -0.5 * ((z - mu) / log_std.exp()).square() - log_std - 0.5 * math.log(2 * math.pi)  # (..., T, d)
-    return terms.sum((-2, -1))
-
-
-def gaussian_kl(mu, log_std, ref_mu, ref_log_std):
-    """KL(pi || pi_ref) of (5), in closed form, (..., T, d) -> (...)"""
-    ratio, shift = (log_std - ref_log_std).exp(), (mu - ref_mu) / ref_log_std.exp()  # (..., T, d)
-    return (ref_log_std - log_std + 0.5 * (ratio.square() + shift.square() - 1)).sum((-2, -1))
-
-
+# --- 5. The contrastive loss: equation (6) --------------------------------------------------------
+# It keeps the latents of a group apart, so that a group still has something to compare when a
+# reward has found one good latent.
+# Open in the paper: its s is 1. Then (6) is exactly 0 in float32 for d = 512. Its sum over k is a
+# mean here. "Bidirectional" changes nothing, because the scores are symmetric.
 def contrastive(z, scale):
-    """Equation (6): z (P, G, T, d) -> (P,), near 0 when latents lie far apart, log G when all are equal
+    """Equation (6): z (P, G, T, d) -> (P,), near 0 where latents lie apart, log G where all agree
 
-    All draws of a problem share one mu, so what lowers it is mostly a larger sigma: it works like an entropy bonus.
+    All draws of a problem have one mu. So what lowers it is mostly a larger sigma, and it acts
+    like an entropy bonus.
     """
     steps = z.transpose(1, 2)  # (P, T, G, d)
     scores = scale * steps @ steps.transpose(-1, -2)  # (P, T, G, G)
-    return (scores.logsumexp(-1) - scores.diagonal(dim1=-2, dim2=-1)).mean((1, 2))
+    own = scores.diagonal(dim1=-2, dim2=-1)  # (P, T, G)
+    return (scores.logsumexp(-1) - own).mean((1, 2))
 
 
-# --- 6. Update, (5) to (7) --------------------------------------------------------------------------------------------
-# The main model takes no part in it: z is scored by the policy that drew it, so no text is replayed. Gradients add up
-# over micro-batches and ranks, with one denominator: however a batch is cut, its update is the same.
-def clipped_objective(log_ratio, advantages, clip):
-    """The min of (5), and where clipping acts, (P, K) -> (P, K) each
-
-    With eps .2, ratio 1.5 and A = 1 give 1.2, ratio 1.5 and A = -1 give -1.5. Only the bound on the log-ratio keeps
-    that second case from growing without end: without it the gradient can be infinite or NaN.
-    """
-    ratio = log_ratio.clamp(-5, 5).exp()  # (P, K)
-    plain, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages  # (P, K)
-    return torch.minimum(plain, clipped), clipped < plain
-
-
+# --- 6. Update: equations (5) to (7) --------------------------------------------------------------
+# The paper's objective is PPO's: min(rho A, clip(rho, 1 - eps, 1 + eps) A), with the ratio
+# rho = (pi(z) / pi_old(z))^(1/d). One update for a batch runs at pi_old. So rho is 1, nothing is
+# clipped, and the gradient of rho A is A grad log pi / d, that of (5).
+# Open in the paper: the 1/d. With a sum over T d numbers rho moves so far in one step of AdamW that
+# exp overflows. With a mean over T d it would hardly move.
+# In (5) z is a constant, because a reward cannot be differentiated through greedy text. In (6) it
+# must not be, or there would be no gradient: z is mu + sigma noise again, for all G.
 def update(policy, ref, optimizer, roll, rewards, advantages, args):
-    """`updates_per_batch` optimiser steps on one batch; rewards and advantages (P, K); ref: pi_ref or None -> metrics
-
-    A micro-batch is of prompts: one pass of the assistant serves all trajectories of a problem.
-    """
-    d = roll.z.shape[-1]
-    count = common.all_reduce(torch.tensor(float(len(roll.prompts)), device=args.device))  # P of all ranks
-    old, sums = {}, torch.zeros(6, device=args.device)
-    for _ in range(args.updates_per_batch):
-        optimizer.zero_grad()
-        for i, rows in enumerate(torch.arange(len(roll.prompts), device=args.device).split(args.micro_batch)):  # (p,)
-            prompts = [roll.prompts[row] for row in rows.tolist()]
-            mu, log_std, _ = policy(prompts)  # (p, 1, T, d) each
-            log_prob = log_density(roll.z[rows], mu, log_std)  # (p, K) the stored z is a constant
-            old.setdefault(i, log_prob.detach())  # the first pass runs at pi_old: its ratio is 1
-            gain, clipped = clipped_objective((log_prob - old[i]) / d, advantages[rows], args.clip)  # (p, K)
-            kl = torch.zeros_like(gain[:, :1])  # (p, 1)
-            if ref is not None:
-                with torch.no_grad():
-                    ref_mu, ref_log_std, _ = ref(prompts)  # (p, 1, T, d) each
-                kl = gaussian_kl(mu, log_std, ref_mu, ref_log_std) / d  # (p, 1)
-            draws = mu + log_std.exp() * roll.noise[rows]  # (p, G, T, d) of all G: (6) needs no reward
-            apart = contrastive(draws, 1 / (args.sigma**2 * d))  # (p,)
-            loss = args.contrast * apart - (gain - args.kl_coef * kl).mean(1)  # (p,)
-            miss = torch.zeros_like(apart)  # (p,)
-            if args.filter == "prescreen":  # what it sees is a constant: this reaches the value head and nothing else
-                miss = (policy.value(roll.seen[rows]).squeeze(-1) - rewards[rows]).square().mean(1)
-            ((loss + miss).sum() / count).backward()
-            of_policy = [log_std.exp().mean((1, 2, 3)), mu.square().mean((1, 2, 3))]  # (p,) each
-            parts = [clipped.float().mean(1), kl[:, 0], apart, miss, *of_policy]  # (p,) each
-            sums += torch.stack([part.sum() for part in parts]).detach()
-        common.reduce_gradients(policy)
-        norms = [torch.nn.utils.clip_grad_norm_(group["params"], 1.0) for group in optimizer.param_groups]
-        if not torch.stack(norms).isfinite().all():
-            raise common.UserError("the gradient is not finite and was not applied; --resume with a lower --lr")
-        optimizer.step()
-    means = (common.all_reduce(sums) / count / args.updates_per_batch).tolist()
-    metrics = dict(zip(["clipped", "kl", "contrastive", "value_loss", "sigma", "mu_rms"], means, strict=True))
-    metrics["mu_rms"] = math.sqrt(metrics["mu_rms"])
-    return {"grad_norm": norms[0].item(), "grad_norm_assistant": norms[1].item()} | metrics
-
-
-# --- 7. Evaluation and samples: the mean latent of always the same held-out problems ----------------------------------
-def right_note(main_lm, problems, args):
-    """The built-in task's best latents: the note that fits each problem, T times -> embeddings (P, 1, T, D)"""
-    notes = [" mind+" if "+" in problem.question else " mind-" for problem in problems]
-    ids = torch.tensor([main_lm.tokenizer.encode(note) for note in notes], device=args.device)  # (P, 1)
-    return main_lm.table[ids[:, :, None].expand(-1, -1, args.latent_steps)]
-
-
-def evaluate(policy, problems, args, full):
-    """Accuracy, form and length with z = mu. `full`: also with drawn latents, and three controls: no_latents, the main
-    model alone; averaged, the mean mu of this rank's problems; swapped, the mu of another one of them -> dict"""
-    generator = torch.Generator(args.device).manual_seed(12345 + common.RANK)
-    mine, main_lm = problems[common.RANK :: common.RANKS], policy.main_lm
-    size = max(1, args.prompts_per_step * decodes(args) // common.RANKS)  # rows, as in training
+    """One optimiser step; rewards and advantages (P, K), ref: pi_ref -> metrics of this rank"""
+    optimizer.zero_grad()
+    pi, _ = policy(roll.prompts)
     with torch.no_grad():
-        parts = [mine[i : i + args.prompts_per_step] for i in range(0, len(mine), args.prompts_per_step)]
-        parts = [policy(encode(policy.lm.tokenizer, part)[0])[:2] for part in parts]
-    mu, log_std = (torch.cat(column) for column in zip(*parts, strict=True))  # (n, 1, T, d) each
+        pi_ref, _ = ref(roll.prompts)
+    d = pi.mean.shape[-1]
+    log_prob = pi.log_prob(roll.z).sum((2, 3))  # log pi(z | x), (P, K)
+    kl = kl_divergence(pi, pi_ref).sum((1, 2, 3))  # (P,)
+    objective = (advantages * log_prob).mean(1) / d - args.kl_coef * kl / d  # equation (5), (P,)
+    draws = pi.mean + pi.stddev * roll.noise  # (P, G, T, d)
+    apart = contrastive(draws, 1 / (d * args.sigma**2))  # equation (6), (P,)
+    miss = (policy.value(roll.seen).squeeze(-1) - rewards).square().mean(1)  # (P,)
+    loss = -objective + args.contrast * apart + miss  # equation (7), (P,)
 
-    def accuracy(name, z, embed=policy.project):
-        """Latents (n, K, T, d) -> (3, n, K): right, in form, length"""
-        parts, count = [], max(1, size // z.shape[1])
-        for i in common.progress(range(0, len(mine), count), desc=f"evaluating: {name}", leave=False):
-            some = mine[i : i + count]
-            texts, length, ended = decode(main_lm, some, embed(z[i : i + count]), args)
-            parts.append(torch.cat([score(texts, ended, some) > 0, length[None]]).float())
-        return torch.cat(parts, 1)
+    all_prompts = common.sum_over_ranks(torch.ones_like(loss).sum())
+    (loss.sum() / all_prompts).backward()
+    common.sum_gradients_over_ranks(policy)
+    groups = [group["params"] for group in optimizer.param_groups]
+    norms = torch.stack([nn.utils.clip_grad_norm_(group, 1.0) for group in groups])  # (3,)
+    if not norms.isfinite().all():
+        raise common.UserError("the gradient is not finite: --resume the run with a lower --lr")
+    optimizer.step()
 
-    scores = dict(zip(["greedy", "form", "length"], map(common.mean, accuracy("mean latent", mu)), strict=True))
+    return {
+        "kl": kl / d,
+        "contrastive": apart,
+        "value_loss": miss,
+        "sigma": pi.stddev,
+        "mu_rms": pi.mean.square().mean().sqrt(),
+        "grad_norm": norms[0],
+        "grad_norm_assistant": norms[1],
+    }
+
+
+def set_rates(optimizer, step, args):
+    """One schedule; the assistant, the second of three groups, has a peak of its own."""
+    peaks = args.lr, args.lr_assistant, args.lr
+    for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+        group["lr"] = common.learning_rate(Namespace(lr=peak, steps=args.steps), step)
+
+
+# --- 7. Evaluation and samples --------------------------------------------------------------------
+@torch.no_grad()
+def evaluate(policy, task, problems, args, full):
+    """Always the same held-out problems and the same noise -> dict of means over all ranks
+
+    greedy: z is mu. `full` adds sampled, with the noise of training, and three controls:
+    no_latents, the main model alone; averaged, the mean mu of all problems; swapped, the mu of
+    another problem. If these are as good as greedy, the latents do not depend on the problem.
+    """
+    torch.manual_seed(12345 + common.RANK)
+    mine = problems[common.RANK :: common.RANKS]
+    size = args.prompts_per_step // common.RANKS  # problems, as in training
+    parts = []
+    for start in range(0, len(mine), size):
+        prompts, _ = encode(policy.lm, task, mine[start : start + size], args)
+        pi, _ = policy(prompts)
+        parts.append(torch.stack([pi.mean, pi.stddev]))
+    mu, sigma = torch.cat(parts, 1)  # (problems of this rank, 1, T, d) each
+    ways = {"greedy": mu}
     if full:
-        noise = torch.randn((len(mu), args.eval_samples, *mu.shape[2:]), generator=generator, device=args.device)
-        right = accuracy("sampled", mu + log_std.exp() * noise)[0]  # (n, samples)
-        scores |= {"sampled": common.mean(right), f"pass@{args.eval_samples}": common.mean(right.amax(1))}
-        controls = {"averaged": mu.mean(0, keepdim=True).expand_as(mu), "swapped": mu.roll(1, 0)}
-        scores |= {name: common.mean(accuracy(name, z)[0]) for name, z in controls.items()}
-        scores["no_latents"] = common.mean(accuracy("no latents", mu[:, :, :0])[0])
-        if args.data == "chains" and args.kind != "mixed":  # where one note fits a problem
-            note = right_note(main_lm, mine, args)
-            scores["right_note"] = common.mean(accuracy("right note", note, embed=lambda embeds: embeds)[0])
-    return {key: round(value, 4) for key, value in scores.items()}
+        noise = torch.randn(len(mine), decoded(args), *mu.shape[2:], device=args.device)
+        ways["sampled"] = mu + sigma * noise  # (problems of this rank, K, T, d)
+        ways["no_latents"] = mu[:, :, :0]
+        ways["averaged"] = mu.mean(0, keepdim=True).expand_as(mu)
+        ways["swapped"] = mu.roll(1, 0)
+    scores = {}
+    for name, z in ways.items():
+        parts = []
+        count = size * decoded(args) // z.shape[1]  # as many texts at a time as in training
+        for start in common.progress(range(0, len(mine), count), desc=name, leave=False):
+            part = mine[start : start + count]
+            thoughts = policy.project(z[start : start + count])  # (P, samples, T, D)
+            texts, length, ended = decode(policy.main_lm, task, part, thoughts, args)
+            right, form = rewards_of(task, part, texts, ended)
+            parts.append(torch.stack([right > 0, form > 0, length]))
+        right, form, length = torch.cat(parts, 1)  # (problems of this rank, samples) each
+        scores[name] = right
+        if name == "greedy":
+            scores |= {"form": form, "length": length}
+        if name == "sampled":
+            scores[f"pass@{z.shape[1]}"] = right.amax(1)  # any of the samples is right
+    return {name: round(common.mean_over_ranks(value), 4) for name, value in scores.items()}
 
 
-def measure(roll, correct, form, advantages):
-    """What a batch of rollouts looked like -> number of texts, and means over all ranks"""
-    mixed = correct.amax(1) > correct.amin(1)  # (P,) both right and wrong answers
-    row = {"reward": correct > 0, "form": form > 0, "length": roll.length, "ended": roll.ended}
-    row |= {"zero_advantage": advantages == 0, "mixed_groups": mixed}
-    return {"rollouts": correct.numel() * common.RANKS} | {name: common.mean(value) for name, value in row.items()}
+def describe(policy, roll):
+    """The first trajectory: each latent as the words that it mixes, then the text -> str
 
-
-def describe(policy, roll, problems, rewards, advantages):
-    """The rarest success, with the words that each latent mixes, or, if it mixes none, the nearest by cosine -> str"""
-    n = int(advantages.argmax())
-    problem, z = problems[n // rewards.shape[1]], roll.z.flatten(0, 1)[n]  # (T, d)
+    With `--projection identity` they are the words whose embeddings are nearest, by cosine.
+    """
+    z = roll.z[0, 0]  # (T, d)
     if policy.args.projection == "words":
         likeness = policy.mixture(z)  # (T, V)
     else:
-        likeness = F.normalize(z, dim=-1) @ F.normalize(policy.main_lm.table, dim=-1).T  # (T, V)
-    top, ids = likeness.topk(4)  # (T, 4) each
-    lines = []
-    for t, (weights, words) in enumerate(zip(top.tolist(), ids.tolist(), strict=True), 1):
-        pairs = zip(words, weights, strict=True)
-        pairs = [f"{policy.main_lm.tokenizer.decode([i])!r} {w:.2f}" for i, w in pairs if w > 0.005]
-        lines.append(f"latent {t:2d}  " + "  ".join(pairs))
-    verdict = f"reward {rewards.flatten()[n]:.1f}, the answer is {problem.answer}"
-    return "\n    ".join([problem.question, *lines, f"text       {roll.texts[n].strip()!r}", verdict])
+        embedding = policy.main_lm.embedding.float()
+        likeness = F.normalize(z, dim=-1) @ F.normalize(embedding, dim=-1).T  # (T, V)
+    weights, ids = likeness.topk(4)  # (T, 4)
+    lines = common.describe_thought(policy.main_lm.tokenizer, ids, weights)
+    return "\n    ".join([*lines, f"text       {roll.texts[0].strip()!r}"])
 
 
-# --- 8. main: evaluate, train, evaluate -------------------------------------------------------------------------------
-def check_frozen(main_lm, args):
-    """UserError if the main model is not, to the bit, the one that the run began with
-
-    Its fingerprint, SHA-256 over all weights, is kept among the arguments, which are saved with a checkpoint.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(main_lm.model.state_dict().items()):
-        digest.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    args.main_sha256 = vars(args).get("main_sha256", digest.hexdigest())
-    if args.main_sha256 != digest.hexdigest():
-        raise common.UserError(f"{args.model} is not, to the bit, the main model that this run began with")
-
-
-def load(args):
-    """-> frozen main model, policy, pi_ref or None, and the optimiser with the groups heads, assistant, value head"""
-    main_lm = common.load_model(args)  # frozen: nothing optimises it. autocast keeps casts only of what requires a grad
-    check_frozen(main_lm, args)
-    policy, ref = load_policy(main_lm, args), load_policy(main_lm, args) if args.kl_coef else None
-    heads = [policy.queries, *policy.norm.parameters(), *policy.mu.parameters(), *policy.log_std.parameters()]
-    groups = [heads, policy.assistant.parameters(), policy.value.parameters()]
-    return main_lm, policy, ref, torch.optim.AdamW([{"params": group} for group in groups], weight_decay=0, fused=True)
+def metrics_of(roll, right, form, advantages, trained):
+    """What a batch looked like, and what `update` says of it -> dict of means over all ranks"""
+    metrics = {
+        "reward": right > 0,
+        "form": form > 0,
+        "length": roll.length,
+        "ended": roll.ended,
+        "zero_advantage": advantages == 0,
+        "mixed_groups": right.amax(1) > right.amin(1),  # both right and wrong answers
+    }
+    metrics |= trained
+    return {name: common.mean_over_ranks(value.detach()) for name, value in metrics.items()}
 
 
+# --- 8. main: evaluate, train, evaluate -----------------------------------------------------------
 def main(argv=None):
     args = parse_args(argv)
     common.start_ranks(args.device)
-    main_lm, policy, ref, optimizer = load(args)
-    generator = torch.Generator(args.device)
-    common.take_problems(args, "train", 0, 1)  # a malformed line ends the run here, before it begins
-    held_out = common.take_problems(args, "test", 0, args.eval_problems)
-    run = common.Run(args, "dlr")
-    first, before = run.restore(policy, optimizer) if args.resume else (0, None)
-    before = before or evaluate(policy, held_out, args, full=True)
-    print(f"{sum(p.numel() for p in policy.parameters()):,} parameters, run folder {run.folder}\nbefore {before}")
-    for step in common.progress(range(first, args.steps), initial=first, total=args.steps, desc="training"):
+    task = tasks.find(args.task)
+    held_out = task.problems(args, "test", 0, args.eval_problems)
+    task.problems(args, "train", 0, 1)  # a malformed line ends the run here, before it begins
+    main_lm = common.load_model(args)
+    main_lm.model.requires_grad_(False).to(main_lm.dtype)  # frozen, so bfloat16 rounds no update
+    policy = load_policy(main_lm, args)
+    ref = load_policy(main_lm, args)
+    optimizer = torch.optim.AdamW(policy.parameter_groups(), weight_decay=0, fused=True)
+    whole = Namespace(model=policy, tokenizer=policy.lm.tokenizer)  # what a checkpoint holds
+    run = common.Run(args, "dlr", whole, optimizer)
+    print(f"run folder {run.folder}, settings {vars(args)}")
+    first, before = run.start()
+    run.save(first, before)  # from here on a run that was killed can go on
+    before = before or evaluate(policy, task, held_out, args, full=True)
+    print("before:", before)
+    for step in common.progress(range(first, args.steps), initial=first, total=args.steps):
         if step % args.save_every == 0:
-            run.save(step, before, policy, optimizer)
-        # --- rollout. Noise and data follow from seed, step and rank: a resumed run goes on as it would have.
-        start, count = time.time(), args.prompts_per_step
-        generator.manual_seed(args.seed * 10**9 + step * 10**3 + common.RANK)
-        problems = common.take_problems(args, "train", step * count, count)[common.RANK :: common.RANKS]
-        roll = rollout(policy, problems, args, generator)
-        # --- reward and advantages
-        correct, form = score(roll.texts, roll.ended, problems)  # (P, K) each
-        rewards = correct + args.format_weight * form  # equation (3), (P, K)
+            run.save(step, before)
+        # Problems and noise follow from seed, step and rank: a resumed run goes on as it would have
+        began, count = time.time(), args.prompts_per_step
+        batch = task.problems(args, "train", step * count, count)
+        problems = batch[common.RANK :: common.RANKS]
+        torch.manual_seed(hash((args.seed, step, common.RANK)))
+
+        roll = rollout(policy, task, problems, args)
+        right, form = rewards_of(task, problems, roll.texts, roll.ended)  # (P, K) each
+        rewards = right + args.format_weight * form  # equation (3), (P, K)
         advantages = group_advantages(rewards)  # (P, K)
-        # --- update
-        warmup = min(1, (step + 1) / max(1, 0.03 * args.steps))
-        for group, peak in zip(optimizer.param_groups, [args.lr, args.lr_assistant, args.lr], strict=True):
-            group["lr"] = peak * warmup * (1 + math.cos(math.pi * step / args.steps)) / 2
-        metrics = update(policy, ref, optimizer, roll, rewards, advantages, args)
-        # --- log
-        row = {"step": step, **measure(roll, correct, form, advantages), **metrics}
-        row["seconds"] = round(time.time() - start, 3)
+        set_rates(optimizer, step, args)
+        trained = update(policy, ref, optimizer, roll, rewards, advantages, args)
+
+        row = {"step": step, "rollouts": count * decoded(args)}
+        row |= metrics_of(roll, right, form, advantages, trained)
+        row["seconds"] = round(time.time() - began, 3)
         if args.eval_every and (step + 1) % args.eval_every == 0:
-            row = row | evaluate(policy, held_out, args, full=False) | row  # form and length stay the rollouts'
-            tqdm.write(describe(policy, roll, problems, rewards, advantages))
+            row["greedy"] = evaluate(policy, task, held_out, args, full=False)["greedy"]
+            tqdm.write(f"{problems[0].question}\n    {describe(policy, roll)}")
+            tqdm.write(f"    reward {rewards[0, 0]:.1f}, the answer is {problems[0].answer}")
         run.log(row)
-        tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
-    run.save(max(first, args.steps), before, policy, optimizer)
-    after = evaluate(policy, held_out, args, full=True) if args.steps else before
-    check_frozen(main_lm, args)
-    run.finish(policy.lm, after | {f"{name}_before": before[name] for name in before} | {"main_unchanged": True})
+    run.save(max(first, args.steps), before)
+    after = evaluate(policy, task, held_out, args, full=True) if first + args.steps else before
+    run.finish(after | {f"{name}_before": value for name, value in before.items()})
 
 
 if __name__ == "__main__":

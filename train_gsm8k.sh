@@ -51,9 +51,9 @@ run lepo.py "runs/gsm8k-lepo-seed$seed" "${lepo[@]}" --latent_steps 64 --tau 0.3
 # Latent SFT on GSM8K's own equations, 17 times through the training set, a latent for 8 tokens; then
 # RL of that model. Thoughts and answers are short: the official cap of 128 steps.
 sft=runs/gsm8k-latent_sft-seed$seed
-run latent_sft.py "$sft" --data gsm8k "${shared[@]}" --model "$base" --steps 2000 \
+run latent_sft.py "$sft" --task gsm8k "${shared[@]}" --model "$base" --steps 2000 \
   --save_every 200 "$@"
-run latent_grpo.py "runs/gsm8k-latent_grpo-seed$seed" --data gsm8k "${rl[@]}" --model "$sft/model" \
+run latent_grpo.py "runs/gsm8k-latent_grpo-seed$seed" --task gsm8k "${rl[@]}" --model "$sft/model" \
   --max_new_tokens 128 "$@"
 
 python tools/plot.py runs/gsm8k-* --figure runs/gsm8k.png
