@@ -1,4 +1,4 @@
-"""A task is a module with three functions, all that a method knows of its data and reward:
+"""A task is a module with three functions, all that a method knows of its data and its reward:
 
     problems(args, split, start, count)   problems start, start + 1, ... of an endless sequence
     request(question, args)               the text that the model reads
@@ -7,7 +7,7 @@
 dlr.py also rewards the form, and latent_sft.py learns from solutions that somebody worked out:
 
     FORM                                  a pattern of an answer in the form that was asked for
-    worked(problem, rng)                  (thought, answer) as texts, the thought "" if there is none
+    worked(problem, rng)                  (thought, answer) as texts; "" where it is not given
 
 `split` is "train" or "test". A problem follows from its index alone, so a checkpoint that knows its
 step knows its place in the data. `strict` wants the answer in the form that was asked for;
