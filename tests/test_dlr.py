@@ -6,6 +6,7 @@
 The models of most tests are random and know 12 and 14 tokens. Their words are numbers.
 """
 
+import itertools
 import json
 import math
 import os
@@ -168,6 +169,7 @@ def test_a_latent_is_a_mixture_of_words():
     z = torch.randn(300, 2, T, D)
     weights = torch.einsum("...d,vd->...v", z, policy.words).exp()
     weights /= weights.sum(-1, keepdim=True)
+    assert "words" in policy.state_dict()  # W is saved with the policy
     expected = torch.einsum("...v,vd->...d", weights, policy.main_lm.embedding)
     assert torch.allclose(policy.project(z), expected, atol=1e-4)
 
@@ -217,7 +219,8 @@ def test_decoding_is_generate():
     torch.manual_seed(0)
     thoughts = policy.project(3 * torch.randn(3, 8, T, D))
     texts, length, ended = decode(policy, thoughts)
-    assert length.unique().numel() > 3 and len(set(texts[:8])) > 1
+    assert length.unique().numel() > 3
+    assert len(set(texts[:8])) > 1
     assert ended.any() and not ended.all()
     for n, text in enumerate(texts):
         i, k = divmod(n, 8)
@@ -562,9 +565,11 @@ def test_evaluation_gives_each_problem_the_latents_that_it_says(monkeypatch):
     monkeypatch.setattr(dlr, "decode", says)
     monkeypatch.setattr(policy, "project", lambda z: z)
     scores = dlr.evaluate(policy, TASK, PROBLEMS, policy.args, full=True)
+    dlr.evaluate(policy, TASK, PROBLEMS, policy.args, full=True)
+    assert all(torch.equal(a, b) for a, b in zip(given[:6], given[6:], strict=True))  # same noise
     again = dlr.evaluate(policy, TASK, PROBLEMS, policy.args, full=False)
     pi, _ = policy(PROMPTS)
-    greedy, first, last, nothing, averaged, swapped, _ = given  # samples: of two problems, of one
+    greedy, first, last, nothing, averaged, swapped = given[:6]  # samples: two problems, one
     noise = (torch.cat([first, last]) - pi.mean) / pi.stddev
     assert noise.shape == (3, 4, T, D)
     assert abs(noise.mean()) < 0.3 and abs(noise.std() - 1) < 0.22
@@ -605,9 +610,9 @@ def test_a_sample_is_shown_as_words():
 
 # --- 8. Runs --------------------------------------------------------------------------------------
 
-QUICK = ["--steps", "3", "--prompts_per_step", "2", "--group_size", "8", "--eval_problems", "4",
+QUICK = ["--steps", "3", "--prompts_per_step", "2", "--group_size", "8", "--eval_problems", "3",
          "--eval_every", "2", "--save_every", "2", "--lr", "0.1", "--lr_assistant", "0.01",
-         "--max_new_tokens", "24"]  # fmt: skip
+         "--max_new_tokens", "12"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -658,11 +663,15 @@ def test_a_run_leaves_a_log_and_a_result(run):
     result = json.loads((folder / "result.json").read_text())
     names = "greedy form length sampled pass@8 no_latents averaged swapped".split()
     names += [f"{name}_before" for name in names]
-    assert set(result) == {*names, "method", "seconds", "args"} and result["method"] == "dlr"
+    assert set(result) == {*names, "method", "seconds", "args"}
+    assert result["method"] == "dlr"
     rows = rows_of(folder)
-    assert [row["step"] for row in rows] == [0, 1, 2] and rows[0]["kl"] == 0 < rows[1]["kl"]
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert rows[0]["kl"] == 0 < rows[1]["kl"]
     assert ["greedy" in row for row in rows] == [False, True, False]
-    assert all(row["rollouts"] == 16 and row["grad_norm_assistant"] > 0 for row in rows)
+    for row in rows:
+        assert row["rollouts"] == 16
+        assert row["grad_norm_assistant"] > 0
     assert taken[2:] == [("train", 0, 2), ("train", 2, 2), ("train", 4, 2)]
 
 
@@ -686,18 +695,21 @@ def test_a_step_learns_from_the_rewards_of_its_texts(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags", [
-    [], ["--seed", "1"], ["--policy", "prompt", "--projection", "identity"],
-    ["--filter", "prescreen", "--share", "0.5"],
+    [], ["--policy", "prompt", "--projection", "identity"],
+    ["--seed", "1", "--filter", "prescreen", "--share", "0.5"],
 ])  # fmt: skip
 def test_same_seed_same_log_and_every_switch_makes_a_difference(flags, run, tmp_path):
-    few = ["--steps", "3", "--eval_every", "0", "--eval_problems", "2"]  # they change no step
+    few = ["--eval_every", "0", "--eval_problems", "2"]  # they change no step
+    few += ["--steps", "1"] if flags else []
     dlr.main([*QUICK, *few, *flags, "--out", str(tmp_path / "run")])
     ours, theirs = rows_of(tmp_path / "run"), rows_of(run[0])
-    same = [row.items() <= other.items() for row, other in zip(ours, theirs, strict=True)]
+    same = [row.items() <= other.items() for row, other in zip(ours, theirs)]
     assert all(same) == (not flags)
     for row in ours:
         assert row["rollouts"] == (8 if "prescreen" in flags else 16)
         assert (row["grad_norm_assistant"] == 0) == ("prompt" in flags)
+    ours, theirs = (weights_of(at).get("words") for at in (tmp_path / "run", run[0]))
+    assert ours is None or torch.equal(ours, theirs) == ("--seed" not in flags)  # W
 
 
 def test_killed_and_resumed_is_uninterrupted_bit_for_bit(run, tmp_path, monkeypatch):
@@ -720,13 +732,14 @@ def test_killed_and_resumed_is_uninterrupted_bit_for_bit(run, tmp_path, monkeypa
     ours, theirs = weights_of(folder), weights_of(run[0])
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     ours, theirs = (json.loads((at / "result.json").read_text()) for at in (folder, run[0]))
-    assert ours["pass@8_before"] == theirs["pass@8_before"] and ours["greedy"] == theirs["greedy"]
+    assert ours["pass@8_before"] == theirs["pass@8_before"]
+    assert ours["greedy"] == theirs["greedy"]
 
 
 def test_under_bfloat16_the_main_model_is_stored_in_it_and_the_policy_is_not(monkeypatch, tmp_path):
     policies, load = [], dlr.load_policy
     monkeypatch.setattr(dlr, "load_policy", lambda *at: policies.append(load(*at)) or policies[-1])
-    flags = ["--steps", "1", "--precision", "bfloat16", "--max_new_tokens", "4"]
+    flags = ["--steps", "1", "--precision", "bfloat16", "--max_new_tokens", "2"]
     dlr.main([*QUICK, *flags, "--out", str(tmp_path / "run")])
     for weight in policies[0].main_lm.model.parameters():
         assert weight.dtype == torch.bfloat16
@@ -745,7 +758,8 @@ def test_a_wrong_call_ends_with_one_line_and_exit_code_2(flags, mentioned, capsy
     with pytest.raises(SystemExit) as stop:
         common.run_main(lambda: dlr.main(flags))
     error = capsys.readouterr().err.strip()
-    assert stop.value.code == 2 and "error: " in error and mentioned in error
+    assert stop.value.code == 2
+    assert "error: " in error and mentioned in error
     assert "\n" not in error
 
 
@@ -759,13 +773,16 @@ def test_two_processes_make_a_run(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_assistant_learns_what_to_say(tmp_path):
-    """The mean latents of all problems do not help, and neither do those of another problem."""
-    flags = ["--steps", "40", "--eval_every", "0", "--eval_problems", "64"]
-    dlr.main([*flags, "--lr", "4e-3", "--out", str(tmp_path / "run")])
+def test_the_assistant_learns_what_to_say(tmp_path, monkeypatch):
+    """The first 25 steps of 100: some problems have found their note. At the end all have."""
+    monkeypatch.setattr(common, "progress", lambda steps, **_: steps[:25])
+    flags = ["--seed", "1", "--eval_every", "0", "--eval_problems", "64"]
+    dlr.main([*flags, "--out", str(tmp_path / "run")])
     result = json.loads((tmp_path / "run/result.json").read_text())
-    assert result["greedy_before"] < 0.2 and result["no_latents"] < 0.2
-    assert result["greedy"] > 0.4 and result["sampled"] > result["sampled_before"] + 0.2
+    assert result["greedy_before"] < 0.2
+    assert result["no_latents"] < 0.2
+    assert result["greedy"] > 0.35
+    assert result["sampled"] > result["sampled_before"] + 0.15
 
 
 @pytest.mark.slow
@@ -782,9 +799,11 @@ def test_a_real_tokenizer_and_gsm8k(tmp_path, monkeypatch):
                              eos_token_id=151645)  # fmt: skip
         Qwen2ForCausalLM(config).save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
-    verdicts = [0.0, 1.0]
-    monkeypatch.setattr(gsm8k, "verify", lambda *_: (0.0, verdicts.append(verdicts.pop(0)) or verdicts[0]))
-    flags = [*QUICK, "--model", str(tmp_path / "main"), "--assistant", str(tmp_path / "assistant")]
+    verdicts = itertools.cycle([0.0, 1.0])
+    monkeypatch.setattr(gsm8k, "verify", lambda *_: (0.0, next(verdicts)))
+    flags = [*QUICK, "--latent_steps", "4", "--latent_dim", "16", "--max_new_tokens", "8"]
+    flags += ["--model", str(tmp_path / "main")]
+    flags += ["--assistant", str(tmp_path / "assistant")]
     flags += ["--task", str(SHARED / "data/gsm8k"), "--filter", "prescreen", "--share", "0.5"]
     dlr.main([*flags, "--out", str(tmp_path / "run")])
     for row in rows_of(tmp_path / "run"):
