@@ -110,8 +110,7 @@ def soft_token(logits, exit_id, args, noise_free):
     """Equation (2): logits (B, V) -> ids (B, K), scores (B, K), the heaviest first"""
     ids, log_probs = candidates(logits, args)  # (B, C)
     exponential = torch.empty_like(log_probs).exponential_()  # (B, C)
-    gumbel = -exponential.clamp(min=1e-30).log()  # (B, C); a platform may draw an exact 0
-    noise = gumbel.clamp(-1.5, 3)  # (B, C)
+    noise = (-exponential.log()).clamp(-1.5, 3)  # (B, C) -log of an exponential is Gumbel
     if args.noise == "one_sided":
         noise = noise + 1.5
     quiet = (ids[:, :1] == exit_id) | noise_free  # (B, 1) noise could only prolong such a thought
@@ -147,7 +146,7 @@ class Rollout:
     weights: torch.Tensor  # (N, T, K) z: one-hot at text steps, 0 after the end
     tokens: torch.Tensor  # (N, T) the heaviest candidate, which stands for a step in the text
     length: torch.Tensor  # (N,) steps executed, the end token included
-    scores: torch.Tensor  # (N, T, K) s, of no use at text steps
+    scores: torch.Tensor  # (N, T, K) s, 0 at text steps
     latents: torch.Tensor  # (N,) steps of the thought; the exit token is the next one
 
 
@@ -191,7 +190,7 @@ def rollout(lm, prompts, group_size, latent_steps, args, noise_free=False):
             z = torch.where(thinking[:, None], soft_scores.softmax(-1), text_z)  # (B, K)
             heaviest = z_ids[:, 0]  # (B,)
             ids[rows, t], weights[rows, t], tokens[rows, t] = z_ids, z, heaviest
-            scores[rows, t] = soft_scores
+            scores[rows, t] = soft_scores.masked_fill(~thinking[:, None], 0)
             latents[rows] += thinking
 
             stops = torch.isin(heaviest, lm.stop_ids)  # (B,)

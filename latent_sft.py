@@ -65,8 +65,7 @@ PRESETS = {
     "chains": dict(
         model="chains",
         kind="mixed",  # + and -
-        think_text=" <think>",  # a word of this model begins with its space
-        exit_text=" </think>",
+        exit_text=" </think>",  # a word of this model begins with its space
         chunk=6,  # the tokens of one operation, `17 + 5 = 12 ;`
         max_new_tokens=16,  # at most five latents of a teacher, exit token, answer, end
         steps=1800,  # with the next two nearly those of its pretraining:
@@ -77,6 +76,7 @@ PRESETS = {
         save_every=300,
     ),
 }
+THINK = "<think>"  # what a prompt ends with
 ROWS = 16  # worked solutions in a forward pass: a matter of memory, not of results
 
 
@@ -85,12 +85,12 @@ def parse_args(argv=None):
     parser = settings.make_parser(
         "latent_sft.py", about, PRESETS,
         steps=2000, prompts_per_step=64, lr=1e-4, max_new_tokens=128, group_size=None,
+        eval_every=100,
     )  # fmt: skip
     number, add = parser.add_number, parser.add_argument  # number: name, default, least value, help
     number("chunk", 8, 1, "tokens that a latent stands for; the first one, for half as many")
     number("top_k", 10, 2, "K, candidates of a latent")
     number("noise_scale", 1.0, 0, "s of (2) at the end of the training; 0: clean labels")
-    add("--think_text", default="<think>", help="what a prompt ends with")
     add("--exit_text", default="</think>", help="its first token ends a thought")
     args = settings.parse_args(parser, PRESETS, argv)
     if args.chunk > args.top_k:
@@ -134,7 +134,7 @@ def teacher(lm, task, problems, args, rng):
     latents, 0 and 1 for a discrete token that is learnt, 0 and 0 for the prompt.
     """
     rows = []
-    prompts = encoding.encode(lm, task, problems, args, args.think_text)
+    prompts = encoding.encode(lm, task, problems, args, THINK)
     end = lm.tokenizer.eos_token_id or int(lm.stop_ids[0])
     for prompt, problem in zip(prompts, problems, strict=True):
         thought, answer = task.worked(problem, rng)
@@ -292,7 +292,7 @@ def evaluate(lm, task, problems, exit_id, args):
     length counts all steps, latents those of the thought. exit_rate: how many thoughts ended.
     """
     mine = problems[common.RANK :: common.RANKS]  # all at once: without gradients that is little
-    encoded = encoding.encode(lm, task, mine, args, args.think_text)
+    encoded = encoding.encode(lm, task, mine, args, THINK)
     roll = think(lm, encoded, exit_id, args)
     tqdm.write(f"{mine[0].question}\n    {describe(lm, roll, 0)}, the answer is {mine[0].answer}")
     right = [task.verify(text, mine[n])[0] for n, text in enumerate(texts_of(lm, roll))]
@@ -314,7 +314,7 @@ def describe(lm, roll, n):
 
 def ask(lm, task, exit_id, args):
     """What the model thinks about a question, and what it then says"""
-    encoded = encoding.encode(lm, task, [tasks.Problem(args.ask, "")], args, args.think_text)
+    encoded = encoding.encode(lm, task, [tasks.Problem(args.ask, "")], args, THINK)
     print("    " + describe(lm, think(lm, encoded, exit_id, args), 0))
 
 
@@ -328,6 +328,8 @@ def main(argv=None):
     lm = common.load_model(args)
     args.top_k = min(args.top_k, len(lm.embedding))
     exit_id = encoding.exit_token(lm, args.exit_text)
+    if len(lm.stop_ids) == 0:
+        raise common.UserError("the model names no token that ends a text")
     if args.ask is not None:
         return ask(lm, task, exit_id, args)
     held_out = task.problems(args, "test", 0, args.eval_problems)
