@@ -24,22 +24,22 @@ For a problem x and a group of G trajectories i:
   (6)  contrastive:  L_cl = -mean_kt log(exp(s z_kt . z_kt) / sum_j exp(s z_kt . z_jt))
                      k and j are trajectories of one group, s = 1 / (d sigma^2) with the sigma of
                      the start.
-  (7)  loss:         -J + gamma L_cl + mean_i (V(z_i) - R_i)^2
-                     The last term trains the value head V alone.
+  (7)  loss:         -J + gamma L_cl + mean_i (U(z_i) - R_i)^2
+                     The last term trains the value head U alone.
 
 The large model takes no part in an update. A latent is scored by the policy that drew it, so no
-text is replayed, and a step costs greedy texts and one pass of the small model.
+text is replayed. A step costs greedy texts, and a few passes of the small model over the prompts.
 
-With `--filter prescreen` M decodes only 18 % of the G latents: those of which V expects most, and
+With `--filter prescreen` M decodes only 18 % of the G latents: those of which U expects most, and
 a few others at random. That is how the paper saves most of its cost.
 
-Why is f a mixture of words? The small main model was pretrained with notes in half of its prompts.
-Behind the note `mind+` it forgets no carry. Random mixtures of words often contain such a note:
-before training .36 of the groups have both right and wrong answers. Gaussian noise in the space of
-embeddings hardly ever comes near a note: .05 to .08 of the groups.
+Why is f a mixture of words? The main model of chains was pretrained with notes in half of its
+prompts. Behind the note `mind+` it forgets no carry. Random mixtures of words often contain such a
+note: before training .36 of the groups have both right and wrong answers. Gaussian noise in the
+space of embeddings hardly ever comes near a note: .05 to .08 of the groups.
 
-What the paper reports, one run each: 55.4 on GSM8K against 46.2 of GRPO, no loss with 18 % decoded,
-and 4.7 points from (6) on MATH. README.md says what of it is seen in small.
+What the paper reports, one run each: 55.4 on GSM8K against 46.2 of GRPO, 18 % decoded, and
+4.7 points from (6) on MATH. README.md says what of it is seen in small.
 
 No public code was found, and the paper leaves much open. A paragraph that begins with "Open in the
 paper" says what, and what is done here.
@@ -107,8 +107,6 @@ def parse_args(argv=None):
     args = settings.parse_args(parser, PRESETS, argv)
     if not 2 <= decoded(args) <= args.group_size:  # an advantage compares texts
         parser.error(f"--share must leave 2 to {args.group_size} of --group_size: change one")
-    if not args.cue:
-        parser.error("--cue must not be empty")
     return args
 
 
@@ -122,7 +120,7 @@ def parse_args(argv=None):
 # literal reading: z is the embedding, and d is its width. RL trains neither W nor E, because the
 # action is z, before f.
 class LatentPolicy(nn.Module):
-    """pi(z | x): the assistant, T queries, two heads; and W of (2) and the value head V of (7)"""
+    """pi(z | x): the assistant, T queries, two heads; and W of (2) and the value head U of (7)"""
 
     def __init__(self, lm, main_lm, args):
         super().__init__()
@@ -143,12 +141,12 @@ class LatentPolicy(nn.Module):
         nn.init.zeros_(self.log_std.weight)
         nn.init.constant_(self.log_std.bias, math.log(args.sigma))
         self.mu.weight.data *= 0.1
-        seen = args.latent_steps * d + width  # F, numbers that V sees of a trajectory
+        seen = args.latent_steps * d + width  # F, numbers that U sees of a trajectory
         hidden = nn.Linear(seen, 64)
         self.value = nn.Sequential(nn.LayerNorm(seen), hidden, nn.GELU(), nn.Linear(64, 1))
         # A softmax over V random logits is spread over all words if their deviation is far below
         # sqrt(2 ln V), and is one word if it is far above. At 1.4 times that, most draws mix two to
-        # five words. All rows of W have one norm, so all words are equally likely.
+        # five words, at --sigma 1. All rows of W have one norm, so all words are equally likely.
         if args.projection == "words":
             directions = F.normalize(torch.randn(vocabulary, d), dim=-1)  # (V, d)
             self.register_buffer("words", 1.4 * math.sqrt(2 * math.log(vocabulary)) * directions)
@@ -192,7 +190,7 @@ class LatentPolicy(nn.Module):
         self.assistant.save_pretrained(folder)  # checkpoint.pt has the rest too
 
     def parameter_groups(self):
-        """Heads, assistant, value head: each has its own rate and its own bound on the gradient"""
+        """Heads, assistant, value head: each with its own bound on the gradient"""
         heads = [self.queries, *self.norm.parameters()]
         heads += [*self.mu.parameters(), *self.log_std.parameters()]
         return [
@@ -214,7 +212,7 @@ def load_policy(main_lm, args):
 # Open in the paper: where latents stand. Here they stand between the question and the cue, as a
 # note would.
 # Open in the paper: its Algorithm 1 decodes all G. Its section on cost decodes 18 %, by a score
-# that it does not define. Here that is the value head V. What it takes is no fair draw of pi, so
+# that it does not define. Here that is the value head U. What it takes is no fair draw of pi, so
 # the gradient of a pre-screened run is biased.
 @dataclass
 class Rollout:
@@ -223,7 +221,7 @@ class Rollout:
     prompts: list  # P lists of the assistant's token ids
     noise: torch.Tensor  # (P, G, T, d) of all trajectories, for (6)
     z: torch.Tensor  # (P, K, T, d) latents
-    seen: torch.Tensor  # (P, K, F) what V sees: latents, and the mean state at the queries
+    seen: torch.Tensor  # (P, K, F) what U sees: latents, and the mean state at the queries
     texts: list  # P * K
     length: torch.Tensor  # (P, K) tokens of the text, the end token included
     ended: torch.Tensor  # (P, K) bool, by an end token and not by the cap
@@ -232,6 +230,8 @@ class Rollout:
 def encode(lm, task, problems, args):
     """-> prompts that end where the latents begin, and the cue behind them, as token ids"""
     cue = lm.tokenizer.encode(args.cue, add_special_tokens=False)
+    if not cue:
+        raise common.UserError(f"--cue {args.cue!r} has no token")
     prompts = encoding.encode(lm, task, problems, args, ending=args.cue)
     return [ids[: len(ids) - len(cue)] for ids in prompts], cue
 
@@ -273,9 +273,9 @@ def decoded(args):
 
 
 def prescreen(expected, args):
-    """Rewards that V expects (P, G) -> which to decode (P, K): the best, and others at random
+    """Rewards that U expects (P, G) -> which to decode (P, K): the best, and others at random
 
-    From a quarter of the places, at least one, V learns what it would have missed. Of 64
+    From a quarter of the places, at least one, U learns what it would have missed. Of 64
     trajectories the 9 best are decoded and 3 others.
     """
     others = max(1, decoded(args) // 4)
@@ -334,13 +334,13 @@ def group_advantages(rewards):
 # --- 5. The contrastive loss: equation (6) --------------------------------------------------------
 # It keeps the latents of a group apart, so that a group still has something to compare when a
 # reward has found one good latent.
-# Open in the paper: its s is 1. Then (6) is exactly 0 in float32 for d = 512. Its sum over k is a
-# mean here. "Bidirectional" changes nothing, because the scores are symmetric.
+# Open in the paper: its s is 1. Then (6) is exactly 0 in float32 for d = 512 and sigma 1. Its sum
+# over k is a mean here. "Bidirectional" changes nothing, because the scores are symmetric.
 def contrastive(z, scale):
-    """Equation (6): z (P, G, T, d) -> (P,), near 0 where latents lie apart, log G where all agree
+    """Equation (6): z (P, G, T, d) -> (P,), log G where all agree, 0 where latents lie far apart
 
-    All draws of a problem have one mu. So what lowers it is mostly a larger sigma, and it acts
-    like an entropy bonus.
+    At the start of chains it is 1.9 of log 16 = 2.8. All draws of a problem have one mu. So what
+    lowers it is mostly a larger sigma, and it acts like an entropy bonus.
     """
     steps = z.transpose(1, 2)  # (P, T, G, d)
     scores = scale * steps @ steps.transpose(-1, -2)  # (P, T, G, G)
@@ -352,8 +352,8 @@ def contrastive(z, scale):
 # The paper's objective is PPO's: min(rho A, clip(rho, 1 - eps, 1 + eps) A), with the ratio
 # rho = (pi(z) / pi_old(z))^(1/d). One update for a batch runs at pi_old. So rho is 1, nothing is
 # clipped, and the gradient of rho A is A grad log pi / d, that of (5).
-# Open in the paper: the 1/d. With a sum over T d numbers rho moves so far in one step of AdamW that
-# exp overflows. With a mean over T d it would hardly move.
+# Open in the paper: the 1/d. Here it sets how much (5) weighs against (6). With several updates for
+# a batch rho would need it: a sum over T d numbers moves so far in one step that exp overflows.
 # In (5) z is a constant, because a reward cannot be differentiated through greedy text. In (6) it
 # must not be, or there would be no gradient: z is mu + sigma noise again, for all G.
 def update(policy, ref, optimizer, roll, rewards, advantages, args):
@@ -367,9 +367,9 @@ def update(policy, ref, optimizer, roll, rewards, advantages, args):
     kl = kl_divergence(pi, pi_ref).sum((1, 2, 3))  # (P,)
     objective = (advantages * log_prob).mean(1) / d - args.kl_coef * kl / d  # equation (5), (P,)
     draws = pi.mean + pi.stddev * roll.noise  # (P, G, T, d)
-    apart = contrastive(draws, 1 / (d * args.sigma**2))  # equation (6), (P,)
+    closeness = contrastive(draws, 1 / (d * args.sigma**2))  # equation (6), (P,)
     miss = (policy.value(roll.seen).squeeze(-1) - rewards).square().mean(1)  # (P,)
-    loss = -objective + args.contrast * apart + miss  # equation (7), (P,)
+    loss = -objective + args.contrast * closeness + miss  # equation (7), (P,)
 
     all_prompts = common.sum_over_ranks(torch.ones_like(loss).sum())
     (loss.sum() / all_prompts).backward()
@@ -377,12 +377,12 @@ def update(policy, ref, optimizer, roll, rewards, advantages, args):
     groups = [group["params"] for group in optimizer.param_groups]
     norms = torch.stack([nn.utils.clip_grad_norm_(group, 1.0) for group in groups])  # (3,)
     if not norms.isfinite().all():
-        raise common.UserError("the gradient is not finite: --resume the run with a lower --lr")
+        raise common.UserError("gradient not finite: --resume with lower --lr and --lr_assistant")
     optimizer.step()
 
     return {
         "kl": kl / d,
-        "contrastive": apart,
+        "contrastive": closeness,
         "value_loss": miss,
         "sigma": pi.stddev,
         "mu_rms": pi.mean.square().mean().sqrt(),

@@ -12,11 +12,11 @@ what goes wrong. Embeddings and head are frozen: the space of latents stands sti
 At step t the model has seen the prompt q and the embeddings e_<t. It gives logits a_t over the
 vocabulary. pi_t = softmax(a_t) is its policy.
 
-  (1)  candidates:      C_t = the nucleus of pi_t that holds top_p, and at least K tokens
+  (1)  candidates:      C_t = of the 256 likeliest tokens the nucleus, top_p, and at least K
   (2)  soft token:      s_k = log pi_t(k) + sigma (clip(g_k, -1.5, 3) + 1.5) on C_t,
                         g_k ~ Gumbel(0, 1) iid;  z_t = softmax(s) on the K tokens of largest s_k
        Fix 1 is the + 1.5, the one-sided noise. Where the exit token is the likeliest there is no
-       noise. Where it is the heaviest of the K the thought ends, and text follows, drawn from pi_t.
+       noise. Where it is the heaviest of the K the thought ends. It is scored as a draw from pi.
   (3)  next input:      e_t = sum_k z_tk E[k],  E: the embeddings of the tokens
   (4)  advantage:       A_i = (r_i - mean r) / (std r + 1e-6),  r_i: reward of rollout i of a group
        Fix 2: rollouts that reach the cap are left out of mean and std and get 0. Fix 3: at step 1,
@@ -27,7 +27,7 @@ vocabulary. pi_t = softmax(a_t) is its policy.
 
 Why one-sided. The slope of f in log pi_t(k) is 1 - exp(-d_k). A candidate with a negative margin
 d_k is pushed the wrong way round: down by a right rollout. With two-sided noise that happens to .36
-of them on chains. The + 1.5 changes no mixture and no rollout, but leaves no margin negative.
+of them on chains. The + 1.5 changes no rollout and, up to rounding, leaves no margin < 0.
 
 What the mean over K costs. All candidates of a right rollout are pushed up by nearly the same (.78
 of c_k on chains at sigma 1), and those of a wrong one down. That tells little about which mixture
@@ -240,10 +240,10 @@ def group_advantages(rewards, valid):
 
 
 # Dynamic sampling: a group that is all right or all wrong teaches nothing, so problems are drawn
-# until P groups teach. Only their steps count in (6).
+# until P groups have advantages. Only their steps count in (6). Official code: up to 50 draws.
 def dynamic_sampling(lm, task, step, args):
     """-> P groups, or fewer after `max_draws` draws, as (Rollout, number in it, advantages (G,),
-    lengths (G,)). And of the last draw number, problems, Rollout, rewards (P, G) twice"""
+    lengths (G,)). Of the last draw its number, problems, Rollout, strict and flexible rewards."""
     groups = []
     for draw in range(args.max_draws):
         start = (step * args.max_draws + draw) * args.prompts_per_step

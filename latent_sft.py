@@ -21,9 +21,9 @@ most carries. A solution is cut into chunks, and each chunk becomes a latent:
 The model has read the prompt q and the embeddings e_<t. pi is its policy, the softmax of its logits
 over the vocabulary.
 
-  (1)  label:   y_i = how often each token occurs in chunk i, as shares: weights that sum to 1
-  (2)  noise:   w_i = softmax(log y_i + clip(s g, -1.5, 3)),  g ~ Gumbel(0, 1) iid.
-                s grows from 0 to `noise_scale` during the training
+  (1)  label:   y_i = how often each token occurs in chunk i: weights that sum to 1
+  (2)  noise:   w_i = softmax(log y_i + clip(sigma g, -1.5, 3)),  g ~ Gumbel(0, 1) iid.
+                sigma grows from 0 to `noise_scale` during the training
   (3)  input:   e_i = sum_k w_ik E[k],  E: the embeddings of the tokens. The model always reads the
                 teacher's thought so far, and not its own
   (4)  loss:    KL(w_i || pi(. | q, e_<i)), a mean over the latents of a thought, then over thoughts
@@ -34,15 +34,15 @@ over the vocabulary.
 
 Why chunks begin in the middle of a step of the solution: a latent then holds a result and what is
 done with it next, and the operands of every result stand in the latent before it. With chunks that
-are cut at the steps .17 of the answers are right after 600 steps, here .48.
+are cut at the steps .17 of the answers are right after 600 steps, here .48 (one seed each).
 
 Why noise (2): RL draws its thoughts with noise. And even without it the model's own mixtures are
 never as clean as the teacher's. Trained on clean ones alone, the model is lost among its own: .19
 are right after 600 steps.
 
-tests/test_latent_sft.py checks these statements, in the order of this file. Where the file departs
-from the authors' code (github.com/DJC-GO-SOLO/Latent-SFT), a paragraph that begins with "Official
-code" says so, and why.
+The shares of right answers are in results/README.md. tests/test_latent_sft.py checks the equations,
+in the order of this file. Where it departs from the authors' code
+(github.com/DJC-GO-SOLO/Latent-SFT), a paragraph that begins with "Official code" says so, and why.
 """
 
 import collections
@@ -67,7 +67,7 @@ PRESETS = {
         kind="mixed",  # + and -
         exit_text=" </think>",  # a word of this model begins with its space
         chunk=6,  # the tokens of one operation, `17 + 5 = 12 ;`
-        max_new_tokens=16,  # at most five latents of a teacher, exit token, answer, end
+        max_new_tokens=16,  # at most six latents of a teacher, exit token, answer, end
         steps=1800,  # with the next two nearly those of its pretraining:
         prompts_per_step=128,  # a model that is not finished is useless, says chains.py
         lr=2e-3,
@@ -90,7 +90,7 @@ def parse_args(argv=None):
     number, add = parser.add_number, parser.add_argument  # number: name, default, least value, help
     number("chunk", 8, 1, "tokens that a latent stands for; the first one, for half as many")
     number("top_k", 10, 2, "K, candidates of a latent")
-    number("noise_scale", 1.0, 0, "s of (2) at the end of the training; 0: clean labels")
+    number("noise_scale", 1.0, 0, "sigma of (2) at the end of the training; 0: clean labels")
     add("--exit_text", default="</think>", help="its first token ends a thought")
     args = settings.parse_args(parser, PRESETS, argv)
     if args.chunk > args.top_k:
@@ -105,7 +105,7 @@ def parse_args(argv=None):
 # Official code: an encoder writes the latents, such that a decoder can tell each chunk from the
 # latent before it, and the answer from all of them. That takes three more trainings. Here a label
 # is the chunk's own tokens: nothing to train, and better on the chains model (.543 against .344
-# after 600 steps, results/README.md). For large models nobody has compared the two.
+# after 600 steps, former code, results/README.md). For large models nobody has compared the two.
 # Official code: a chunk has 2 tokens (GSM8K) or 16, also the first one.
 # Official code: the exit token is the first one of `</think>`, as here. The rest of it is fed by
 # force there. Here the model has to write it.
@@ -253,7 +253,7 @@ class Rollout:
 
 
 @torch.no_grad()
-def think(lm, prompts, exit_id, args):
+def think(lm, prompts, args):
     """A thought and a text for each of N prompts -> Rollout"""
     ids, weights = [], []
     latents = torch.zeros(len(prompts), dtype=torch.long, device=args.device)  # (N,)
@@ -264,7 +264,8 @@ def think(lm, prompts, exit_id, args):
         logits = decoder.logits  # (N, V)
         for t in range(args.max_new_tokens):
             values, candidates = logits.float().topk(args.top_k, dim=-1)  # (N, K)
-            thinking = going & (latents == t) & (candidates[:, 0] != exit_id)  # (N,)
+            # Where all steps so far were latents, and the exit is not the likeliest
+            thinking = going & (latents == t) & (candidates[:, 0] != lm.exit_id)  # (N,)
             values[~thinking, 1:] = -torch.inf  # text is greedy: the likeliest token alone
             w = values.softmax(-1)  # equation (5), (N, K)
             ids.append(candidates)
@@ -286,14 +287,14 @@ def texts_of(lm, roll):
     return lm.tokenizer.batch_decode(executed, skip_special_tokens=True)
 
 
-def evaluate(lm, task, problems, exit_id, args):
+def evaluate(lm, task, problems, args):
     """Always the same held-out problems -> dict of means over all ranks. Prints a thought.
 
     length counts all steps, latents those of the thought. exit_rate: how many thoughts ended.
     """
-    mine = problems[common.RANK :: common.RANKS]  # all at once: without gradients that is little
+    mine = problems[common.RANK :: common.RANKS]  # all at once: a matter of memory, too
     encoded = encoding.encode(lm, task, mine, args, THINK)
-    roll = think(lm, encoded, exit_id, args)
+    roll = think(lm, encoded, args)
     tqdm.write(f"{mine[0].question}\n    {describe(lm, roll, 0)}, the answer is {mine[0].answer}")
     right = [task.verify(text, mine[n])[0] for n, text in enumerate(texts_of(lm, roll))]
     scores = {
@@ -312,10 +313,10 @@ def describe(lm, roll, n):
     return "\n    ".join([*lines, f"text       {texts_of(lm, roll)[n].strip()!r}"])
 
 
-def ask(lm, task, exit_id, args):
+def ask(lm, task, args):
     """What the model thinks about a question, and what it then says"""
     encoded = encoding.encode(lm, task, [tasks.Problem(args.ask, "")], args, THINK)
-    print("    " + describe(lm, think(lm, encoded, exit_id, args), 0))
+    print("    " + describe(lm, think(lm, encoded, args), 0))
 
 
 # --- 7. main: train, evaluate ---------------------------------------------------------------------
@@ -327,11 +328,11 @@ def main(argv=None):
         raise common.UserError(f"--task {args.task} has no worked solutions to learn from")
     lm = common.load_model(args)
     args.top_k = min(args.top_k, len(lm.embedding))
-    exit_id = encoding.exit_token(lm, args.exit_text)
+    lm.exit_id = encoding.exit_token(lm, args.exit_text)  # it is needed where lm is
     if len(lm.stop_ids) == 0:
         raise common.UserError("the model names no token that ends a text")
     if args.ask is not None:
-        return ask(lm, task, exit_id, args)
+        return ask(lm, task, args)
     held_out = task.problems(args, "test", 0, args.eval_problems)
     problems = task.problems(args, "train", 0, args.prompts_per_step)
     if not teacher(lm, task, problems, args, random.Random(0)):  # here, before the run begins
@@ -352,17 +353,17 @@ def main(argv=None):
         seed = hash((args.seed, step, common.RANK))
         torch.manual_seed(seed)
 
-        rows = teacher(lm, task, problems, args, random.Random(seed))
+        solutions = teacher(lm, task, problems, args, random.Random(seed))
         scale = args.noise_scale * step / args.steps
         optimizer.param_groups[0]["lr"] = common.learning_rate(args, step)
-        metrics = update(lm, optimizer, rows, scale, args)
+        metrics = update(lm, optimizer, solutions, scale, args)
 
         row = {"step": step, "noise": scale, **metrics, "seconds": round(time.time() - began, 3)}
         if args.eval_every and (step + 1) % args.eval_every == 0:
-            row |= evaluate(lm, task, held_out, exit_id, args)
+            row |= evaluate(lm, task, held_out, args)
         run.log(row)
     run.save(max(first, args.steps), before)
-    run.finish(evaluate(lm, task, held_out, exit_id, args))
+    run.finish(evaluate(lm, task, held_out, args))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ rl=(
   "${shared[@]}"
   --prompts_per_step 32         # x 8 rollouts = 256 rows. The paper's 128 x 8 is steadier and slower
   --group_size 8                # the paper's G
-  --steps 200                   # 6,400 of the 7,473 training problems: nothing is seen twice
+  --steps 200                   # 6,400 of the 7,473 training problems; latent_grpo.py draws more often
   --lr 1e-6                     # the paper's, with 3 % warm-up
   --save_every 20
 )
@@ -52,7 +52,7 @@ run lepo.py "runs/gsm8k-lepo-seed$seed" "${lepo[@]}" --latent_steps 64 --tau 0.3
 # RL of that model. Thoughts and answers are short: the official cap of 128 steps.
 sft=runs/gsm8k-latent_sft-seed$seed
 run latent_sft.py "$sft" --task gsm8k "${shared[@]}" --model "$base" --steps 2000 \
-  --save_every 200 "$@"
+  --save_every 200 --eval_problems 256 "$@"    # which it reads all at once
 run latent_grpo.py "runs/gsm8k-latent_grpo-seed$seed" --task gsm8k "${rl[@]}" --model "$sft/model" \
   --max_new_tokens 128 "$@"
 

@@ -9,7 +9,8 @@ import torch
 
 from common import RANKS, load_checkpoint
 
-MAY_CHANGE = {"resume", "steps", "lr", "eval_every", "save_every", "device"}  # when a run goes on
+# When a run goes on
+MAY_CHANGE = {"resume", "steps", "lr", "lr_assistant", "eval_every", "save_every", "device"}
 HERE_AND_NOW = {"device", "precision", "resume", "out"}  # of the machine and of one run
 MADE_FOR = {"chains": "chains", "chains_latent": "chains", "trees": "trees"}  # models in tasks/
 ASK = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -59,7 +60,7 @@ def add_shared_flags(parser):
     add, number = parser.add_argument, parser.add_number
     device = "cuda" if torch.cuda.is_available() else "cpu"
     precision = "bfloat16" if device == "cuda" else "float32"
-    changes = f"go on with a run; may change: {', '.join(sorted(MAY_CHANGE - {'resume'}))}"
+    changes = ", ".join(sorted(MAY_CHANGE - {"resume", "lr_assistant"}))
     add("--model", default="Qwen2.5-0.5B", help="hub id, Qwen name, local folder, chains or trees")
     add("--task", help="chains, trees, gsm8k, or a folder with train.jsonl and test.jsonl")
     add("--kind", default="", help="chains: mixed, plus, minus or single; trees: 2,2,4")
@@ -76,7 +77,7 @@ def add_shared_flags(parser):
     add("--device", default=device, choices=["cuda", "cpu"], help="where it runs")
     add("--precision", default=precision, choices=["bfloat16", "float32"], help="of products")
     add("--out", help="run folder to make; without it a new one under runs/")
-    add("--resume", metavar="FOLDER", help=changes)
+    add("--resume", metavar="FOLDER", help=f"go on with a run; may change: {changes}")
     add("--ask", metavar="QUESTION", help="show how the model thinks about a question, and end")
 
 
@@ -100,9 +101,10 @@ def parse_args(parser, presets, argv):
     known_task = MADE_FOR.get(model) or trained.get("task", "gsm8k")
     task = given.get("task") or (known_task if model else "chains")
     defaults |= presets.get(task, {})
-    if "ask" in given:  # think as in training
-        names = defaults.keys() & trained.keys() - HERE_AND_NOW
-        defaults |= {name: trained[name] for name in names}
+    learnt = defaults.keys() & trained.keys() - HERE_AND_NOW
+    if "ask" not in given:  # else it thinks with all that it was trained with
+        learnt &= {"prompt", "exit_text"}
+    defaults |= {name: trained[name] for name in learnt}
     return argparse.Namespace(**defaults | given | {"task": task})
 
 
@@ -111,4 +113,7 @@ def settings_of_run(model):
     result = Path(model or "").parent / "result.json"
     if not model or not Path(model).is_dir() or not result.exists():
         return {}
-    return json.loads(result.read_text()).get("args", {})
+    try:
+        return dict(json.loads(result.read_text())["args"])
+    except (ValueError, KeyError, TypeError):  # another program's file
+        return {}

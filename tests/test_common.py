@@ -148,6 +148,13 @@ def test_where_a_value_comes_from(tmp_path):
     assert (lepo.parse_args(model).task, lepo.parse_args(model).tau) == ("trees", 20)
     asked = lepo.parse_args([*model, "--ask", "?"])  # which thinks as it was trained to
     assert (asked.task, asked.tau, asked.device) == ("trees", 3, "cpu")
+    (tmp_path / "result.json").write_text('{"args": {"prompt": "Think!", "tau": 3}}')
+    taught = lepo.parse_args(model)  # how it is asked was learnt, too
+    assert (taught.prompt, taught.tau, taught.task) == ("Think!", 0.3, "gsm8k")
+    assert lepo.parse_args([*model, "--prompt", "Go"]).prompt == "Go"
+    for foreign in ("[1]", "{}", '{"args": ', '{"args": 7}'):
+        (tmp_path / "result.json").write_text(foreign)
+        assert lepo.parse_args(model).task == "gsm8k"
     checkpoint(tmp_path, lepo.parse_args(["--tau", "0.7", "--out", str(tmp_path / "run")]))
     again = lepo.parse_args(["--resume", str(tmp_path / "run"), "--steps", "7"])
     assert (again.tau, again.latent_steps, again.steps) == (0.7, 12, 7)

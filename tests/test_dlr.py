@@ -751,12 +751,12 @@ def test_under_bfloat16_the_main_model_is_stored_in_it_and_the_policy_is_not(mon
 @pytest.mark.parametrize("flags, mentioned", [
     (["--filter", "prescreen", "--share", "0.05"], "--share"),
     (["--filter", "prescreen", "--share", "2"], "--share"),
-    (["--assistant", "no-such-model"], "no-such-model"), (["--cue", ""], "--cue"),
+    (["--assistant", "no-such-model"], "no-such-model"), (["--cue", "foo"], "--cue"),
     (["--sigma", "0"], "--sigma"), (["--ask", "?"], "--ask"),
 ])  # fmt: skip
-def test_a_wrong_call_ends_with_one_line_and_exit_code_2(flags, mentioned, capsys):
+def test_a_wrong_call_ends_with_one_line_and_exit_code_2(flags, mentioned, capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
-        common.run_main(lambda: dlr.main(flags))
+        common.run_main(lambda: dlr.main([*flags, "--out", str(tmp_path / "run")]))
     error = capsys.readouterr().err.strip()
     assert stop.value.code == 2
     assert "error: " in error and mentioned in error

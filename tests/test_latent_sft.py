@@ -298,11 +298,11 @@ def think_by_hand(lm, prompt, exit_id, args):
 def test_it_thinks_until_the_exit_token_and_then_writes():
     """Prompts of different length, some that never leave the thought or end in its midst."""
     lm, args = frozen_model(seed=7), settings(top_k=4)
-    lm.stop_ids = torch.tensor([0, 2])
+    lm.stop_ids, lm.exit_id = torch.tensor([0, 2]), 3
     head = torch.nn.Parameter(lm.head[torch.arange(12).roll(5)].detach())
     lm.model.lm_head.weight = lm.head = head  # tied to E, it would write one token again and again
     prompts = [*t.PROMPTS, *([i, j] for i in range(12) for j in range(0, 12, 2))]
-    roll = latent_sft.think(lm, prompts, 3, args)
+    roll = latent_sft.think(lm, prompts, args)
     assert roll.length.unique().numel() > 3 and roll.latents.unique().numel() > 3
     assert (roll.length > roll.latents + 1).any()  # text behind the exit token
     assert (roll.latents == 10).any()
@@ -329,7 +329,7 @@ def test_the_verifier_reads_from_the_exit_token_to_the_end(monkeypatch, capsys):
     roll = latent_sft.Rollout(ids, torch.ones(ids.shape), latents, length)
     assert latent_sft.texts_of(lm, roll) == [" </think> 2", " </think> 3", ""]
     monkeypatch.setattr(latent_sft, "think", lambda *_: roll)
-    scores = latent_sft.evaluate(lm, chains, problems, 4, args)
+    scores = latent_sft.evaluate(lm, chains, problems, args)
     assert scores == {"greedy": 0.3333, "length": 4.0, "latents": 2.6667, "exit_rate": 0.6667}
     out = capsys.readouterr().out
     assert "1 + 1\n    latent  1  ' 5' 1.00\n    latent  2" in out and "the answer is 2" in out
