@@ -137,6 +137,19 @@ def checkpoint(folder, args):
     return run
 
 
+def test_a_crash_while_it_is_saved_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    run = checkpoint(tmp_path, lepo.parse_args(["--out", str(tmp_path / "run")]))
+
+    def half(state, path):
+        path.write_bytes(b"PK")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(KeyboardInterrupt):
+        run.save(4, {})
+    assert common.load_checkpoint(run.folder)["step"] == 3
+
+
 def test_where_a_value_comes_from(tmp_path):
     assert lepo.parse_args([]).latent_steps == 12  # the task's preset
     assert lepo.parse_args(["--model", "any"]).latent_steps == 64  # the default
@@ -240,6 +253,9 @@ def test_a_chat_template_frames_the_prompt_and_names_an_end_token(lm, tmp_path):
     lm.tokenizer.chat_template = TEMPLATE.replace("' <unk>'", "'<unk>'")
     assert lm.tokenizer.decode(encode(lm, " 1 + 2 ?")).split() == "hm 1 + 2 ?<unk> so".split()
     assert encoding.end_of_turn(lm.tokenizer) == [2]
+    lm.tokenizer.chat_template = TEMPLATE.replace("<unk>", "so")  # an ordinary word ends nothing
+    assert encoding.end_of_turn(lm.tokenizer) == []
+    lm.tokenizer.chat_template = TEMPLATE.replace("' <unk>'", "'<unk>'")
     lm.model.save_pretrained(tmp_path), lm.tokenizer.save_pretrained(tmp_path)
     args = SimpleNamespace(model=str(tmp_path), device="cpu", precision="float32")
     loaded = common.load_model(args)
