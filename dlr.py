@@ -1,6 +1,6 @@
 r"""DLR, DeepLatent Reasoning (arXiv 2601.17275), in one file. Read lepo.py first.
 
-    python dlr.py                            # a frozen small model on a laptop CPU, a minute or two
+    python dlr.py                            # a frozen small model on a laptop CPU, two minutes
     python dlr.py --policy prompt            # a control: one learned prompt for all problems
     python dlr.py --model Qwen2.5-1.5B-Instruct --assistant Qwen2.5-0.5B    # GSM8K on one GPU
 

@@ -1,6 +1,6 @@
 r"""LEPO, Latent Reasoning Policy Optimization (arXiv 2604.17892), in one file to read from the top.
 
-    python lepo.py                           # a tiny model learns on a laptop CPU, about a minute
+    python lepo.py                           # a tiny model learns on a laptop CPU, two minutes
     python lepo.py --task trees              # where soft tokens are worth more than words
     python lepo.py --latent_steps 0          # the baseline: plain GRPO
     python lepo.py --model Qwen2.5-0.5B      # GSM8K on one GPU

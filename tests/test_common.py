@@ -282,6 +282,17 @@ def test_a_prompt_ends_with_its_ending_once(lm, opened):
         assert encoding.encode_one(lm, "1 + 2 ?", args) == plain
 
 
+@pytest.mark.parametrize("text", ["1 + 2", "1 + 2<think>", "1 + 2<think>\n "])
+def test_nothing_stands_behind_the_ending(text):
+    """A tokenizer of bytes knows the line feed that a template writes behind <think>."""
+    tokenizer = SimpleNamespace(chat_template=None, decode=lambda ids: bytes(ids).decode())
+    tokenizer.encode = lambda text, **_: [*text.encode()]
+    lm = SimpleNamespace(tokenizer=tokenizer, stop_ids=[], embedding=range(256))
+    lm.model = SimpleNamespace(config=None)
+    args = SimpleNamespace(max_new_tokens=4)
+    assert bytes(encoding.encode_one(lm, text, args, "<think>")) == b"1 + 2<think>"
+
+
 def test_a_problem_of_chains_opens_its_thought_itself(lm):
     args, task = SimpleNamespace(max_new_tokens=4), find("chains")
     (ids,) = encoding.encode(lm, task, [Problem("1 + 2", "3")], args, "<think>")
