@@ -7,7 +7,6 @@ V size of the vocabulary, D width of the model.
 
 import functools
 import json
-import math
 import os
 import sys
 import time
@@ -129,21 +128,13 @@ def load_model(args):
             tokenizer,
             embedding=model.get_input_embeddings().weight,
             head=model.get_output_embeddings().weight,
-            stop_ids=torch.tensor(end_tokens(model, tokenizer), device=args.device),
+            stop_ids=torch.tensor(encoding.end_tokens(model, tokenizer), device=args.device),
         )
         check_model(lm)
     except Exception as error:  # no such name, no network, a damaged file, an exotic model
         raise UserError(f"cannot use the model {path}: {error}")
     lm.dtype = getattr(torch, args.precision)
     return lm
-
-
-def end_tokens(model, tokenizer):
-    """All of them: with one of Qwen2.5's two, half of the texts would never end."""
-    ids = model.generation_config.eos_token_id
-    named = set(ids if isinstance(ids, list) else [ids])
-    named |= {tokenizer.eos_token_id, *encoding.end_of_turn(tokenizer)}
-    return sorted(named - {None})
 
 
 @torch.no_grad()
@@ -197,6 +188,17 @@ class Decoder:
         self.mask = self.mask[rows]
 
 
+def draw(logits):
+    """One token of softmax(logits) for each row: (B, V) -> (B, 1)
+
+    One random number for each row, by the inverse of the distribution function. `multinomial`
+    takes one for each token, and three times the seconds where there are 152,000.
+    """
+    cumulated = logits.float().softmax(-1).cumsum(-1)  # (B, V)
+    height = torch.rand_like(cumulated[:, :1]) * cumulated[:, -1:]  # (B, 1)
+    return torch.searchsorted(cumulated, height, right=True)
+
+
 def log_probs_at(hidden, head, ids):
     """log softmax(hidden head^T) at ids: hidden (M, D), head (V, D), ids (M, K) -> (M, K) float32
 
@@ -216,22 +218,6 @@ def log_probs_at(hidden, head, ids):
         checkpoint(log_probs, *part, use_reentrant=False, preserve_rng_state=False)
         for part in zip(hidden.split(chunk), ids.split(chunk))
     ])  # fmt: skip
-
-
-def learning_rate(args, step):
-    """3 % warm-up, then half a cosine: of 100 steps at --lr 1, the rates .33, .67, 1, 1, … .0002"""
-    warmup = min(1, (step + 1) / (0.03 * args.steps))
-    return args.lr * warmup * (1 + math.cos(math.pi * step / args.steps)) / 2
-
-
-def describe_thought(tokenizer, ids, weights):
-    """Latents as text, each as its four heaviest candidates: ids, weights (T, K) -> lines"""
-    lines = []
-    for t, order in enumerate(weights.argsort(descending=True)):  # (K,)
-        heaviest = [k for k in order[:4] if weights[t, k] > 0.005]
-        words = [f"{tokenizer.decode(ids[t, k])!r} {weights[t, k]:.2f}" for k in heaviest]
-        lines.append(f"latent {t + 1:2d}  " + "  ".join(words))
-    return lines
 
 
 # --- 5. The run folder: log.jsonl with a row per step, checkpoint.pt, result.json, model/ ---------
@@ -258,7 +244,11 @@ class Run:
 
     def start(self):
         """-> first step, scores before training or None; of a resumed run from its checkpoint"""
+        size = sum(w.numel() for w in self.lm.model.parameters() if w.requires_grad)
+        print(f"run folder {self.folder}, settings {vars(self.args)}")
+        print(f"{size:,} weights learn: {16 * size / 1e9:.1f} GB with their gradients and Adam")
         if not self.args.resume:
+            self.save(0, None)  # from here on a run that was killed can go on
             return 0, None
         saved = load_checkpoint(self.folder)
         self.lm.model.load_state_dict(saved["model"])
@@ -287,20 +277,25 @@ class Run:
             aside.replace(self.folder / "checkpoint.pt")
 
     def log(self, row):
+        if self.args.device == "cuda":
+            row["gigabytes"] = torch.cuda.max_memory_allocated() / 1e9  # the most so far
         if RANK == 0:
+            if row.get("ended", 1) < 0.7:
+                tqdm.write(f"{1 - row['ended']:.0%} of the texts were cut: raise --max_new_tokens")
             with open(self.folder / "log.jsonl", "a") as file:
                 print(json.dumps(row), file=file)
             tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
 
-    def finish(self, scores):
+    def finish(self, before, after):
         """The model as a Hugging Face folder; as the last line of the run one JSON object."""
-        result = {"method": self.method, "seconds": round(time.time() - self.began, 1)} | scores
+        result = {"method": self.method, "seconds": round(time.time() - self.began, 1), **after}
+        result |= {f"{name}_before": value for name, value in before.items()}
         if RANK == 0:
             self.lm.model.save_pretrained(self.folder / "model")
             self.lm.tokenizer.save_pretrained(self.folder / "model")
             print(json.dumps(result))
-            result["args"] = vars(self.args)
-            (self.folder / "result.json").write_text(json.dumps(result))
+            with_args = json.dumps(result | {"args": vars(self.args)})
+            (self.folder / "result.json").write_text(with_args)
         if RANKS > 1:
             dist.barrier()  # a rank that ends before the others may abort
             dist.destroy_process_group()

@@ -395,7 +395,7 @@ def set_rates(optimizer, step, args):
     """One schedule; the assistant, the second of three groups, has a peak of its own."""
     peaks = args.lr, args.lr_assistant, args.lr
     for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-        group["lr"] = common.learning_rate(Namespace(lr=peak, steps=args.steps), step)
+        group["lr"] = settings.learning_rate(Namespace(**vars(args) | {"lr": peak}), step)
 
 
 # --- 7. Evaluation and samples --------------------------------------------------------------------
@@ -454,7 +454,7 @@ def describe(policy, roll):
         embedding = policy.main_lm.embedding.float()
         likeness = F.normalize(z, dim=-1) @ F.normalize(embedding, dim=-1).T  # (T, V)
     weights, ids = likeness.topk(4)  # (T, 4)
-    lines = common.describe_thought(policy.main_lm.tokenizer, ids, weights)
+    lines = encoding.describe_thought(policy.main_lm.tokenizer, ids, weights)
     return "\n    ".join([*lines, f"text       {roll.texts[0].strip()!r}"])
 
 
@@ -486,9 +486,7 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(policy.parameter_groups(), weight_decay=0, fused=True)
     whole = Namespace(model=policy, tokenizer=policy.lm.tokenizer)  # what a checkpoint holds
     run = common.Run(args, "dlr", whole, optimizer)
-    print(f"run folder {run.folder}, settings {vars(args)}")
     first, before = run.start()
-    run.save(first, before)  # from here on a run that was killed can go on
     before = before or evaluate(policy, task, held_out, args, full=True)
     print("before:", before)
     for step in common.progress(range(first, args.steps), initial=first, total=args.steps):
@@ -503,6 +501,9 @@ def main(argv=None):
         roll = rollout(policy, task, problems, args)
         right, form = rewards_of(task, problems, roll.texts, roll.ended)  # (P, K) each
         rewards = right + args.format_weight * form  # equation (3), (P, K)
+        if args.eval_every and step % args.eval_every == 0:
+            tqdm.write(f"{problems[0].question}\n    {describe(policy, roll)}")
+            tqdm.write(f"    reward {rewards[0, 0]:.1f}, the answer is {problems[0].answer}")
         advantages = group_advantages(rewards)  # (P, K)
         set_rates(optimizer, step, args)
         trained = update(policy, ref, optimizer, roll, rewards, advantages, args)
@@ -512,12 +513,10 @@ def main(argv=None):
         row["seconds"] = round(time.time() - began, 3)
         if args.eval_every and (step + 1) % args.eval_every == 0:
             row["greedy"] = evaluate(policy, task, held_out, args, full=False)["greedy"]
-            tqdm.write(f"{problems[0].question}\n    {describe(policy, roll)}")
-            tqdm.write(f"    reward {rewards[0, 0]:.1f}, the answer is {problems[0].answer}")
         run.log(row)
     run.save(max(first, args.steps), before)
     after = evaluate(policy, task, held_out, args, full=True) if first + args.steps else before
-    run.finish(after | {f"{name}_before": value for name, value in before.items()})
+    run.finish(before, after)
 
 
 if __name__ == "__main__":

@@ -309,7 +309,7 @@ def evaluate(lm, task, problems, args):
 def describe(lm, roll, n):
     """Rollout n: each latent as its heaviest candidates with their weights, then the text -> str"""
     steps = roll.latents[n]
-    lines = common.describe_thought(lm.tokenizer, roll.ids[n, :steps], roll.weights[n, :steps])
+    lines = encoding.describe_thought(lm.tokenizer, roll.ids[n, :steps], roll.weights[n, :steps])
     return "\n    ".join([*lines, f"text       {texts_of(lm, roll)[n].strip()!r}"])
 
 
@@ -340,9 +340,7 @@ def main(argv=None):
     lm.embedding.requires_grad = lm.head.requires_grad = False
     optimizer = torch.optim.AdamW(lm.model.parameters(), fused=True)
     run = common.Run(args, "latent_sft", lm, optimizer)
-    print(f"run folder {run.folder}, settings {vars(args)}")
-    first, before = run.start()  # before: None, since a model that has not learnt it cannot do it
-    run.save(first, before)  # from here on a run that was killed can go on
+    first, before = run.start()  # before: {}, since a model that has not learnt it cannot do it
     for step in common.progress(range(first, args.steps), initial=first, total=args.steps):
         if step % args.save_every == 0:
             run.save(step, before)
@@ -355,7 +353,7 @@ def main(argv=None):
 
         solutions = teacher(lm, task, problems, args, random.Random(seed))
         scale = args.noise_scale * step / args.steps
-        optimizer.param_groups[0]["lr"] = common.learning_rate(args, step)
+        optimizer.param_groups[0]["lr"] = settings.learning_rate(args, step)
         metrics = update(lm, optimizer, solutions, scale, args)
 
         row = {"step": step, "noise": scale, **metrics, "seconds": round(time.time() - began, 3)}
@@ -363,7 +361,7 @@ def main(argv=None):
             row |= evaluate(lm, task, held_out, args)
         run.log(row)
     run.save(max(first, args.steps), before)
-    run.finish(evaluate(lm, task, held_out, args))
+    run.finish({}, evaluate(lm, task, held_out, args))
 
 
 if __name__ == "__main__":

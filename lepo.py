@@ -79,6 +79,7 @@ PRESETS = {
         steps=150,
         eval_problems=1024,
     ),
+    "svamp": dict(latent_steps=16),
 }
 
 
@@ -143,7 +144,7 @@ def text_token(logits, args, noise_free):
     if noise_free:
         token = logits.argmax(-1, keepdim=True)  # (B, 1)
     else:
-        token = logits.float().softmax(-1).multinomial(1)  # (B, 1)
+        token = common.draw(logits)  # (B, 1)
     weights = torch.zeros(len(logits), args.top_k, device=logits.device)  # (B, K)
     weights[:, 0] = 1
     return token.expand_as(weights), weights
@@ -329,7 +330,7 @@ def evaluate(lm, task, problems, args, full):
 def describe(lm, roll, n, args):
     """Rollout n: each latent as its heaviest candidates with their weights, then the text -> str"""
     steps = min(args.latent_steps, roll.length[n])
-    lines = common.describe_thought(lm.tokenizer, roll.ids[n, :steps], roll.weights[n, :steps])
+    lines = encoding.describe_thought(lm.tokenizer, roll.ids[n, :steps], roll.weights[n, :steps])
     return "\n    ".join([*lines, f"text       {texts_of(lm, roll)[n].strip()!r}"])
 
 
@@ -374,9 +375,7 @@ def main(argv=None):
         lm.model.parameters(), betas=(0.9, 0.99), weight_decay=0.1, fused=True
     )
     run = common.Run(args, "lepo" if args.latent_steps else "grpo", lm, optimizer)
-    print(f"run folder {run.folder}, settings {vars(args)}")
     first, before = run.start()
-    run.save(first, before)  # from here on a run that was killed can go on
     before = before or evaluate(lm, task, held_out, args, full=True)
     print("before:", before)
     for step in common.progress(range(first, args.steps), initial=first, total=args.steps):
@@ -391,20 +390,21 @@ def main(argv=None):
         encoded = encoding.encode(lm, task, problems, args)
         roll = rollout(lm, encoded, args.group_size, args.latent_steps, args)
         strict, flexible = rewards_of(lm, task, roll, problems)  # (P, G)
+        if args.eval_every and step % args.eval_every == 0:
+            tqdm.write(f"{problems[0].question}\n    {describe(lm, roll, 0, args)}")
+            tqdm.write(f"    reward {strict[0, 0]:.0f}, the answer is {problems[0].answer}")
         advantages = group_advantages(strict)  # (P, G)
-        optimizer.param_groups[0]["lr"] = common.learning_rate(args, step)
+        optimizer.param_groups[0]["lr"] = settings.learning_rate(args, step)
         grad_norm = update(lm, optimizer, roll, advantages, args)
 
         row = {"step": step, **metrics_of(roll, strict, flexible, advantages, args)}
         row |= {"grad_norm": grad_norm, "seconds": round(time.time() - began, 3)}
         if args.eval_every and (step + 1) % args.eval_every == 0:
             row |= evaluate(lm, task, held_out, args, full=False)
-            tqdm.write(f"{problems[0].question}\n    {describe(lm, roll, 0, args)}")
-            tqdm.write(f"    reward {strict[0, 0]:.0f}, the answer is {problems[0].answer}")
         run.log(row)
     run.save(max(first, args.steps), before)
     after = evaluate(lm, task, held_out, args, full=True) if first + args.steps else before
-    run.finish(after | {f"{name}_before": value for name, value in before.items()})
+    run.finish(before, after)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ class Problem:
 
 def find(name):
     """The module of `--task name`. It is imported here, so that chains needs no math-verify."""
-    if name not in ("chains", "trees", "gsm8k") and not Path(name).is_dir():
-        raise UserError(f"--task {name}: take chains, trees, gsm8k, or a folder with train.jsonl")
+    if name not in ("chains", "trees", "gsm8k", "svamp") and not Path(name).is_dir():
+        known = "chains, trees, gsm8k, svamp, or a folder with train.jsonl"
+        raise UserError(f"--task {name}: take {known}")
     module = name if name in ("chains", "trees") else "gsm8k"
     return importlib.import_module(f"tasks.{module}")

@@ -1,4 +1,4 @@
-"""From the request of a task to the token ids that a model reads."""
+"""Between texts and token ids: what a model reads, what ends a text, and thoughts in words."""
 
 import math
 from pathlib import Path
@@ -24,6 +24,14 @@ def chat(tokenizer, *turns, **options):
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except Exception as error:  # whatever a template raises
         raise UserError(f"the chat template of the model refuses the prompt: {error}") from None
+
+
+def end_tokens(model, tokenizer):
+    """All of them: with one of Qwen2.5's two, half of the texts would never end."""
+    ids = model.generation_config.eos_token_id
+    named = set(ids if isinstance(ids, list) else [ids])
+    named |= {tokenizer.eos_token_id, *end_of_turn(tokenizer)}
+    return sorted(named - {None})
 
 
 def end_of_turn(tokenizer):
@@ -75,3 +83,13 @@ def exit_token(lm, text):
     if not ids or ids[0] in lm.stop_ids:
         raise UserError(f"--exit_text {text!r} has no token, or one that ends a text: name another")
     return ids[0]
+
+
+def describe_thought(tokenizer, ids, weights):
+    """Latents as text, each as its four heaviest candidates: ids, weights (T, K) -> lines"""
+    lines = []
+    for t, order in enumerate(weights.argsort(descending=True)):  # (K,)
+        heaviest = [k for k in order[:4] if weights[t, k] > 0.005]
+        words = [f"{tokenizer.decode(ids[t, k])!r} {weights[t, k]:.2f}" for k in heaviest]
+        lines.append(f"latent {t + 1:2d}  " + "  ".join(words))
+    return lines

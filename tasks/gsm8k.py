@@ -27,14 +27,15 @@ if find_spec("math_verify") is None:  # now, and not as a reward of 0 for every 
 
 
 # --- 1. Problems ----------------------------------------------------------------------------------
+HUB = {"gsm8k": ("openai/gsm8k", "main"), "svamp": ["ChilleD/SVAMP"]}
 
 
 def read_lines(name, split):
     """-> (where it stands, row) of each row: of the hub a dictionary, of a file a line of JSON."""
-    if name == "gsm8k":
+    if name in HUB:
         from datasets import load_dataset  # here, because a folder does not need it
 
-        rows = load_dataset("openai/gsm8k", "main", split=split)
+        rows = load_dataset(*HUB[name], split=split)
         return [(f"{name}, {split} row {i}", row) for i, row in enumerate(rows, 1)]
     path = Path(name, f"{split}.jsonl")
     try:
@@ -48,6 +49,8 @@ def to_problem(row):
     """Raises one of several errors where a row is not as it should be: read_problems says which."""
     if isinstance(row, str):
         row = json.loads(row, parse_int=str, parse_float=str)  # 0.00001 stays as it is written
+    if "Body" in row:  # SVAMP
+        row = {"question": f"{row['Body']} {row['Question']}", "answer": f"{row['Answer']}"}
     question = row["question"] if "question" in row else row["problem"]
     answer = row["answer"].rsplit("####", 1)[-1].strip()
     if not question.strip() or not answer:

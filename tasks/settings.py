@@ -12,6 +12,19 @@ from common import RANKS, load_checkpoint
 # When a run goes on
 MAY_CHANGE = {"resume", "steps", "lr", "lr_assistant", "eval_every", "save_every", "device"}
 HERE_AND_NOW = {"device", "precision", "resume", "out"}  # of the machine and of one run
+# What all scripts share for a task. The rest of its preset is in the script.
+SHARED = {
+    "svamp": dict(
+        model="Qwen2.5-0.5B-Instruct",
+        max_new_tokens=160,
+        prompts_per_step=8,
+        steps=40,
+        lr=1e-5,
+        warmup=0.1,  # 4 steps
+        eval_problems=64,
+        precision="bfloat16",
+    )
+}
 MADE_FOR = {"chains": "chains", "chains_latent": "chains", "trees": "trees"}  # models in tasks/
 ASK = "Please reason step by step, and put your final answer within \\boxed{}."
 
@@ -42,14 +55,19 @@ def of(preset):
     return ", ".join(f"--{name} {value}" for name, value in preset.items())
 
 
+def preset_of(task, presets):
+    return SHARED.get(task, {}) | presets.get(task, {})
+
+
 def make_parser(script, about, presets, **changes):
     """changes: defaults of the script, where they are not the shared ones; None: no such flag"""
+    presets = [(name, preset_of(name, presets)) for name in SHARED | presets]
     parser = Parser(
         prog=script,
         usage=argparse.SUPPRESS,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description=about,
-        epilog=" ".join(f"Defaults of --task {name}: {of(presets[name])}." for name in presets),
+        epilog=" ".join(f"Defaults of --task {name}: {of(preset)}." for name, preset in presets),
     )
     parser.changes = changes
     return parser
@@ -62,14 +80,15 @@ def add_shared_flags(parser):
     precision = "bfloat16" if device == "cuda" else "float32"
     changes = ", ".join(sorted(MAY_CHANGE - {"resume", "lr_assistant"}))
     add("--model", default="Qwen2.5-0.5B", help="hub id, Qwen name, local folder, chains or trees")
-    add("--task", help="chains, trees, gsm8k, or a folder with train.jsonl and test.jsonl")
+    add("--task", help="chains, trees, gsm8k, svamp, or a folder with train.jsonl, test.jsonl")
     add("--kind", default="", help="chains: mixed, plus, minus or single; trees: 2,2,4")
-    add("--prompt", default=ASK, help="what follows a question of gsm8k or of a folder")
+    add("--prompt", default=ASK, help="what follows a question in words")
     number("steps", 100, 0, "training steps; 0 only evaluates")
     number("prompts_per_step", 32, RANKS, "P, problems in a batch, at least one for each GPU")
     number("group_size", 8, 2, "G, rollouts of a problem, which an advantage compares; k of pass@k")
     number("max_new_tokens", 512, 2, "T, cap on the steps of a rollout, latent ones included")
-    number("lr", 1e-6, 0, "peak learning rate; 3 %% of the steps are warm-up, then half a cosine")
+    number("lr", 1e-6, 0, "peak learning rate; after the warm-up it falls by half a cosine")
+    number("warmup", 0.03, 0, "share of the steps in which the learning rate rises")
     number("eval_problems", 256, RANKS, "held-out problems; of 256 the standard error is 3 points")
     number("eval_every", 10, 0, "steps between noise-free evaluations; 0: none")
     number("save_every", 20, 1, "steps between checkpoints")
@@ -100,7 +119,7 @@ def parse_args(parser, presets, argv):
     trained = settings_of_run(model)  # of the run that trained this model
     known_task = MADE_FOR.get(model) or trained.get("task", "gsm8k")
     task = given.get("task") or (known_task if model else "chains")
-    defaults |= presets.get(task, {})
+    defaults |= preset_of(task, presets)
     learnt = defaults.keys() & trained.keys() - HERE_AND_NOW
     if "ask" not in given:  # else it thinks with all that it was trained with
         learnt &= {"prompt", "exit_text"}
@@ -117,3 +136,9 @@ def settings_of_run(model):
         return dict(json.loads(result.read_text())["args"])
     except (ValueError, KeyError, TypeError):  # another program's file
         return {}
+
+
+def learning_rate(args, step):
+    """Warm-up, then half a cosine: of 100 steps at --lr 1, the rates .33, .67, 1, 1, … .0002"""
+    warmup = min(1, (step + 1) / max(1, args.warmup * args.steps))
+    return args.lr * warmup * (1 + math.cos(math.pi * step / args.steps)) / 2

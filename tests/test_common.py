@@ -32,6 +32,7 @@ from tasks import Problem, encoding, find, settings
 HERE = Path(__file__).parents[1]
 CHAINS = HERE / "tasks/models/chains"
 SHARED = HERE.parent / "shared"
+REAL = Path(os.environ.get("REAL_MODELS", HERE.parent / "models"))  # Hugging Face folders
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no real tokenizer and data there")
 
 
@@ -137,23 +138,12 @@ def checkpoint(folder, args):
     return run
 
 
-def test_a_crash_while_it_is_saved_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    run = checkpoint(tmp_path, lepo.parse_args(["--out", str(tmp_path / "run")]))
-
-    def half(state, path):
-        path.write_bytes(b"PK")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(KeyboardInterrupt):
-        run.save(4, {})
-    assert common.load_checkpoint(run.folder)["step"] == 3
-
-
 def test_where_a_value_comes_from(tmp_path):
     assert lepo.parse_args([]).latent_steps == 12  # the task's preset
     assert lepo.parse_args(["--model", "any"]).latent_steps == 64  # the default
     assert lepo.parse_args(["--steps", "0", "--lr", "0"]).steps == 0  # the command line
+    svamp = lepo.parse_args(["--task", "svamp", "--lr", "3"])
+    assert (svamp.latent_steps, svamp.warmup, svamp.lr) == (16, 0.1, 3)
     assert lepo.parse_args(["--model", "trees"]).tau == lepo.parse_args(["--task", "trees"]).tau
     (tmp_path / "result.json").write_text('{"args": {"task": "trees", "tau": 3, "device": "x"}}')
     (tmp_path / "model").mkdir()
@@ -442,16 +432,29 @@ def test_a_rollout_in_bfloat16_casts_every_weight_once():
 
 
 def test_the_learning_rate_warms_up_and_falls():
-    args = SimpleNamespace(steps=100, lr=1.0)
-    rates = [round(common.learning_rate(args, step), 2) for step in (0, 1, 2, 50, 99)]
+    args = SimpleNamespace(steps=100, lr=1.0, warmup=0.03)
+    rates = [round(settings.learning_rate(args, step), 2) for step in (0, 1, 2, 50, 99)]
     assert rates == [0.33, 0.67, 1.0, 0.5, 0.0]
-    assert common.learning_rate(SimpleNamespace(steps=1, lr=1.0), 0) == 1
+    args.warmup = 0.1
+    assert [round(settings.learning_rate(args, step), 2) for step in (0, 9)] == [0.1, 0.98]
+    for warmup in (0, 0.03):
+        assert settings.learning_rate(SimpleNamespace(steps=1, lr=1.0, warmup=warmup), 0) == 1
+
+
+def test_texts_that_are_cut_are_said_in_words(tmp_path, capsys):
+    run = checkpoint(tmp_path, lepo.parse_args(["--out", str(tmp_path / "run")]))
+    run.start()
+    assert "2 weights learn" in capsys.readouterr().out
+    run.log({"step": 0, "ended": 0.9})
+    assert "cut" not in capsys.readouterr().out
+    run.log({"step": 1, "ended": 0.14})
+    assert "86% of the texts were cut: raise --max_new_tokens" in capsys.readouterr().out
 
 
 def test_a_thought_is_readable():
     ids = torch.tensor([[36, 25, 7], [4, 5, 6]])
     weights = torch.tensor([[0.3, 0.7, 0.001], [0, 1, 0]])
-    lines = common.describe_thought(AutoTokenizer.from_pretrained(CHAINS), ids, weights)
+    lines = encoding.describe_thought(AutoTokenizer.from_pretrained(CHAINS), ids, weights)
     assert lines == ["latent  1  ' 5' 0.70  ' 16' 0.30", "latent  2  ' ?' 1.00"]
 
 
@@ -551,7 +554,53 @@ def test_a_console_that_cannot_print_a_character_loses_nothing():
     assert done.returncode == 0 and done.stdout == "e = ?\n"
 
 
-# --- A whole run with a real tokenizer ------------------------------------------------------------
+# --- A whole run with a real tokenizer, or a real model -------------------------------------------
+SVAMP = {"Body": "Tom has 3 pens.", "Question": "And with 4 more?", "Answer": "7.0"}
+
+
+def needs(name):
+    reason = f"no {REAL / name}: set REAL_MODELS to the folder of real models"
+    return pytest.mark.skipif(not (REAL / name).is_dir(), reason=reason)
+
+
+@pytest.mark.slow
+@needs("smollm2")
+def test_a_real_model_runs_and_says_first_what_it_does(tmp_path, capsys):
+    pytest.importorskip("math_verify")
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(f"{json.dumps(SVAMP)}\n" * 2)
+    flags = ["--model", str(REAL / "smollm2"), "--task", str(tmp_path), "--latent_steps", "4"]
+    flags += ["--max_new_tokens", "12", "--steps", "1", "--prompts_per_step", "2"]
+    flags += ["--group_size", "2", "--eval_problems", "2", "--out", str(tmp_path / "run")]
+    lepo.main(flags)
+    (row,) = t.rows_of(tmp_path / "run")
+    assert row["length"] == 12 and row["effective_k"] > 1
+    out = capsys.readouterr().out
+    order = ["weights learn: 2.2 GB", "before:", "latent  4", "the answer is 7.0", "step 0"]
+    places = [out.index(words) for words in order]  # a sample comes before the first update
+    assert places == sorted(places)
+    assert "100% of the texts were cut" in out
+
+
+@pytest.mark.slow
+@needs("qwen")
+def test_a_replay_of_a_real_model_scores_what_it_wrote():
+    """Words, in float32: their log-probabilities are those of the model's own pass."""
+    args = ["--model", str(REAL / "qwen"), "--task", "chains", "--latent_steps", "0"]
+    args = lepo.parse_args([*args, "--max_new_tokens", "6", "--precision", "float32"])
+    lm = common.load_model(args)
+    prompts = [lm.tokenizer.encode(text) for text in ("17 plus 25 is", "2 3 5 7")]
+    torch.manual_seed(0)
+    roll = lepo.rollout(lm, prompts, 2, 0, args)
+    with torch.no_grad():
+        for n in range(4):
+            ours = lepo.replay(lm, roll, n // 2, 2, args)[n % 2, : roll.length[n]]  # (T,)
+            written = roll.tokens[n, : roll.length[n]].tolist()  # T tokens
+            whole = torch.tensor([prompts[n // 2] + written])  # (1, L + T)
+            log_pi = lm.model(whole).logits[0].log_softmax(-1)  # (L + T, V)
+            at = range(len(prompts[n // 2]) - 1, whole.shape[1] - 1)
+            theirs = log_pi[at, written]  # (T,)
+            assert torch.allclose(ours, theirs, atol=1e-3)
 
 
 @pytest.mark.slow

@@ -505,7 +505,7 @@ def test_each_group_of_weights_has_a_bound_of_its_own():
 
 def test_rates_of_the_groups():
     """Of step 0, and of step 20 of 40, where half a cosine is at one half"""
-    policy, args = build(), settings(lr=0.1, lr_assistant=0.01, steps=40)
+    policy, args = build(), settings(lr=0.1, lr_assistant=0.01, steps=40, warmup=0.03)
     sgd = torch.optim.SGD(policy.parameter_groups(), lr=1.0)
     for at, share in ((0, 1 / 1.2), (20, 0.5)):  # 1.2 steps of warm-up
         dlr.set_rates(sgd, at, args)

@@ -483,19 +483,37 @@ def test_held_out_problems_are_the_same_for_every_seed(gsm8k, tmp_path):
     assert gsm8k.problems(args, "test", 0, 10) == held_out
 
 
-def test_the_hub_path_with_the_real_library(gsm8k, tmp_path, monkeypatch):
+SVAMP_ROW = {"Body": "A pen costs 3 dollars.", "Question": "And 2 pens?", "Answer": "6.0"}
+
+
+@pytest.mark.parametrize(("name", "source", "row", "problem"), [
+    ("gsm8k", ("openai/gsm8k", "main"), {"question": "q", "answer": "1 + 2\n#### 3"},
+     Problem("q", "3", "1 + 2\n#### 3")),
+    ("svamp", ("ChilleD/SVAMP",), SVAMP_ROW,
+     Problem("A pen costs 3 dollars. And 2 pens?", "6.0", "6.0")),
+])  # fmt: skip
+def test_the_hub_path_with_the_real_library(
+    name, source, row, problem, gsm8k, tmp_path, monkeypatch
+):
     datasets = pytest.importorskip("datasets")
-    write(tmp_path, {"question": "q", "answer": "1 + 2\n#### 3"})
+    write(tmp_path, row)
     load = datasets.load_dataset
 
-    def from_folder(path, config, split):
-        assert (path, config) == ("openai/gsm8k", "main")
+    def from_folder(*path, split):
+        assert path == source
         return load(str(tmp_path), split=split)
 
     monkeypatch.setattr(datasets, "load_dataset", from_folder)
-    found = gsm8k.problems(settings("gsm8k"), "train", 0, 1)
+    found = gsm8k.problems(settings(name), "train", 0, 1)
     gsm8k.read_problems.cache_clear()
-    assert found == [Problem("q", "3", "1 + 2\n#### 3")]
+    assert found == [problem]
+
+
+def test_a_row_of_svamp_may_have_a_number(gsm8k, tmp_path):
+    write(tmp_path, SVAMP_ROW | {"Answer": 6.0})
+    found = gsm8k.problems(settings(str(tmp_path)), "train", 0, 1)[0]
+    assert gsm8k.verify("\\boxed{6}", found) == (1, 1)
+    assert gsm8k.verify("\\boxed{60}", found) == (0, 0)
 
 
 def test_a_worked_solution_is_its_equations(gsm8k):
