@@ -38,6 +38,12 @@ prompts. Behind the note `mind+` it forgets no carry. Random mixtures of words o
 note: before training .36 of the groups have both right and wrong answers. Gaussian noise in the
 space of embeddings hardly ever comes near a note: .05 to .08 of the groups.
 
+When it does not learn. Accuracy stays at .5, and `averaged` is near `greedy`: the assistant says
+one thing to everybody, which helps half of the problems. Take more prompts, or a larger group.
+`mixed_groups` is 0 from the start: no draw changes an answer. Take fewer `--latent_steps`, and not
+`--projection identity`. After training, `model/` is the assistant alone: to evaluate a finished run
+again, --resume it.
+
 What the paper reports, one run each: 55.4 on GSM8K against 46.2 of GRPO, 18 % decoded, and
 4.7 points from (6) on MATH. README.md says what of it is seen in small.
 

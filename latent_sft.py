@@ -40,6 +40,9 @@ Why noise (2): RL draws its thoughts with noise. And even without it the model's
 never as clean as the teacher's. Trained on clean ones alone, the model is lost among its own: .19
 are right after 600 steps.
 
+With GSM8K or a folder, the worked solutions are what stands as <<48/2=24>> in the field `answer`. A
+step learns from `ROWS` solutions at a time, which is what its memory depends on.
+
 The shares of right answers are in results/README.md. tests/test_latent_sft.py checks the equations,
 in the order of this file. Where it departs from the authors' code
 (github.com/DJC-GO-SOLO/Latent-SFT), a paragraph that begins with "Official code" says so, and why.

@@ -22,7 +22,6 @@ SHARED = {
         lr=1e-5,
         warmup=0.1,  # 4 steps
         eval_problems=64,
-        precision="bfloat16",
     )
 }
 MADE_FOR = {"chains": "chains", "chains_latent": "chains", "trees": "trees"}  # models in tasks/
