@@ -1,6 +1,6 @@
 r"""Latent-GRPO (arXiv 2604.27998): RL of a model that thinks in few, dense latents. After lepo.py.
 
-    python latent_grpo.py                    # a tiny model learns on a laptop CPU, nine minutes
+    python latent_grpo.py                    # a tiny model learns on a laptop CPU, fourteen minutes
     python latent_grpo.py --surrogate mean   # the objective as published
     python latent_sft.py --model Qwen2.5-0.5B --out sft   # GSM8K on one GPU: a model learns latents
     python latent_grpo.py --model sft/model               # and then RL improves them

@@ -545,6 +545,7 @@ def test_ctrl_c_does_not_promise_a_checkpoint(capsys):
     assert stop.value.code == 130 and "if there is one" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_console_that_cannot_print_a_character_loses_nothing():
     script = "import common; common.run_main(lambda: print('e = \\u03c0'))"
     done = subprocess.run(

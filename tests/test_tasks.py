@@ -183,6 +183,7 @@ def test_the_shipped_chains_model_is_steerable_and_in_need_of_rl():
     assert chains.accuracy(model, tokenizer, "plus", ["mind-"] * 3) < 0.3
 
 
+@pytest.mark.slow
 def test_chains_pretraining_learns_the_students_words(monkeypatch):
     """Its first loss is the model's own next-token loss, one unsorted demonstration at a time."""
     monkeypatch.setitem(chains.SHAPE, "hidden_size", 64)
@@ -308,6 +309,7 @@ def test_packed_walks_are_as_if_alone():
         assert torch.allclose(packed(1), model(ids).logits[:, prompt:], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_trees_pretraining_learns_what_each_walk_says_next(monkeypatch):
     """Its first loss is that of the model's own next-token loss, walk by walk; then it falls."""
     monkeypatch.setitem(chains.SHAPE, "hidden_size", 64)

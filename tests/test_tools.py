@@ -105,7 +105,7 @@ def test_the_curve_has_steps_texts_and_accuracy(folders, tmp_path, axes):
 
 def test_lines_of_old_runs_are_read(tmp_path, capsys):
     """They say length, and their flags name data instead of a task."""
-    lines, names = str(HERE / "results/runs.jsonl"), "^former/(grpo|trees-lepo)-seed"
+    lines, names = str(HERE / "results/archive/former.jsonl"), "^former/(grpo|trees-lepo)-seed"
     plot.main([lines, "--only", names])
     printed = capsys.readouterr().out
     assert "| former/grpo | 5 | 100 | 61 | 0.506 → 1.000 ± 0.000 |" in printed
