@@ -191,8 +191,9 @@ class Decoder:
 def draw(logits):
     """One token of softmax(logits) for each row: (B, V) -> (B, 1)
 
-    One random number for each row, by the inverse of the distribution function. `multinomial`
-    takes one for each token, and three times the seconds where there are 152,000.
+    One random number for each row, by the inverse of the distribution function, which float32 knows
+    to 1e-7. `multinomial` takes one for each token, and three times the seconds where there are
+    152,000.
     """
     cumulated = logits.float().softmax(-1).cumsum(-1)  # (B, V)
     height = torch.rand_like(cumulated[:, :1]) * cumulated[:, -1:]  # (B, 1)

@@ -388,6 +388,20 @@ class Largest(TorchDispatchMode):
         return out
 
 
+def test_a_draw_is_the_inverse_of_the_distribution_function(monkeypatch):
+    """Heights on a grid: each token gets its share of them. One without probability gets none."""
+    logits = torch.tensor([0, 0.5, 0, 0.125, 0.375, 0]).log()
+    middles, ends = (torch.arange(1024) + 0.5) / 1024, torch.tensor([0, 1 - 2**-24])
+    for heights, shares in ((middles, [0, 512, 0, 128, 384, 0]), (ends, [0, 1, 0, 0, 1, 0])):
+        monkeypatch.setattr(torch, "rand_like", lambda like, heights=heights: heights[:, None])
+        tokens = common.draw(logits.expand(len(heights), -1))
+        assert tokens.flatten().bincount(minlength=6).tolist() == shares
+    logits = torch.randn(200, 999, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(torch, "rand_like", lambda like: torch.full_like(like, 1 - 2**-24))
+    assert (logits.softmax(-1).cumsum(-1)[:, -1] < 1 - 2**-24).any()  # by rounding
+    assert (common.draw(logits) < 999).all()
+
+
 def test_log_probs_are_those_of_the_full_softmax_without_all_of_its_logits():
     """Values and both gradients, over chunk borders, with a token that occurs twice."""
     generator = torch.Generator().manual_seed(0)
