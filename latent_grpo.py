@@ -51,7 +51,7 @@ import tasks
 from tasks import encoding, settings
 
 # --- 1. Settings ----------------------------------------------------------------------------------
-# The defaults of the method's own flags are the paper's. All other flags are in tasks/settings.py.
+# The defaults of the method's own flags are from the paper's runs. Others: tasks/settings.py.
 # A built-in task needs other values.
 THINK = "<think>"  # what a prompt ends with
 LIKELIEST = 256  # tokens that noise can lift into a mixture: a top-k is cheaper than a sort of all
@@ -344,7 +344,7 @@ def evaluate(lm, task, problems, args, full):
     """Always the same held-out problems and the same noise -> dict of means over all ranks
 
     greedy: noise-free. `full` adds sampled, with the noise of training, and greedy_no_latents,
-    without soft tokens: what is lost there is what they were worth.
+    without soft tokens: how much the trained model relies on them.
     """
     torch.manual_seed(12345 + common.RANK)
     mine = problems[common.RANK :: common.RANKS]

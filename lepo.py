@@ -55,7 +55,7 @@ import tasks
 from tasks import encoding, settings
 
 # --- 1. Settings ----------------------------------------------------------------------------------
-# The defaults of the method's own flags are the paper's. All other flags are in tasks/settings.py.
+# The defaults of the method's own flags are from the paper's runs. Others: tasks/settings.py.
 # A built-in task needs other values.
 PRESETS = {
     "chains": dict(
@@ -92,7 +92,7 @@ def parse_args(argv=None):
     number("top_k", 30, 1, "most candidates of a soft token, in (1)")
     number("top_p", 0.95, 1e-3, "probability mass of the candidates, in (1)")
     add("--noise", default="gumbel", choices=["gumbel", "none"], help="of soft tokens, in (2)")
-    add("--text_only", action="store_true", help="latent steps run, but only text is trained")
+    add("--text_only", action="store_true", help="latents count in (6), but only text is trained")
     args = settings.parse_args(parser, PRESETS, argv)
     if args.latent_steps >= args.max_new_tokens:
         parser.error("--latent_steps must be below --max_new_tokens: text needs room")
@@ -236,8 +236,8 @@ def group_advantages(rewards):
     """Equation (4): rewards (P, G) -> advantages (P, G), with the unbiased standard deviation
 
     Rewards 1, 1, 0, 0 give .87, .87, -.87, -.87. The only right rollout of four gets 1.5 and the
-    others -.5: what succeeds rarely is pushed harder. Equal rewards give exactly 0, also those of a
-    fork that pays eight times 7.7, whose mean in float32 is not 7.7.
+    others -.5: what succeeds rarely is pushed harder. Equal rewards give exactly 0, though the
+    float32 mean of eight times 7.7 is not 7.7.
     """
     rewards = rewards - rewards[:, :1]  # changes no advantage, and equal rewards become zeros
     return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
@@ -275,7 +275,7 @@ def replay(lm, roll, group, group_size, args):
 # --- 6. Update: equation (6) ----------------------------------------------------------------------
 # Group by group, so that the activations of one group are in memory at a time. All steps of the
 # batch share one denominator, so an update does not depend on how the batch is cut.
-# Official code: a mean for each rollout first, which gives more weight to the steps of short ones.
+# Official code: as it was run, a mean for each rollout first, which favours steps of short ones.
 # PPO's clipped ratio at text steps: with one update for a batch, as in its settings, the ratio is
 # always 1 and its gradient is that of (5). And a KL term, which its settings switch off.
 def update(lm, optimizer, roll, advantages, args):
@@ -301,7 +301,7 @@ def evaluate(lm, task, problems, args, full):
     """Always the same held-out problems and the same noise -> dict of means over all ranks
 
     greedy: noise-free. `full` adds sampled, with the noise of training, and greedy_no_latents,
-    without soft tokens: what is lost there is what they were worth.
+    without soft tokens: how much the trained model relies on them.
     """
     torch.manual_seed(12345 + common.RANK)
     mine = problems[common.RANK :: common.RANKS]

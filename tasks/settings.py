@@ -100,7 +100,10 @@ def add_shared_flags(parser):
 
 
 def parse_args(parser, presets, argv):
-    """A value is the command line's, else that of the run to resume, or the task's preset."""
+    """A value is the command line's, else that of the run to resume, or the task's preset.
+
+    A model that was trained here brings its --prompt and --exit_text, and for --ask all settings.
+    """
     add_shared_flags(parser)
     defaults = vars(parser.parse_args([]))
     nothing = argparse.Namespace(**dict.fromkeys(defaults))  # a flag that is not given stays None

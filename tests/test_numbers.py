@@ -1,8 +1,8 @@
-"""What README.md and results/README.md say is what the runs say.
+"""Tables of README.md and results/README.md are what the runs say.
 
-A row of a table whose first cell is the name of a group of runs has means and standard deviations
-over its seeds: `before → after ± deviation`, or less. Other numbers of README that have three
-decimals are those of some group, or of one of its runs.
+A row whose first cell is the name of a group of runs has means and standard deviations over its
+seeds: `before → after ± deviation`, or less. Of other numbers of README with three decimals it is
+only checked that some group or run has them. The rest of the text is checked by nobody.
 """
 
 import os
