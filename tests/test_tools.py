@@ -291,8 +291,11 @@ def test_a_thought_of_lepo_on_chains_is_a_picture(tmp_path, axes):
         latents = run["thought"][when]["latents"]
         assert len(latents) == count
         words = [label.get_text() for label in axes[when[0]].get_xticklabels()]
-        shades = axes[when[0]].images[0].get_array().tolist()
-        heavy = {word for latent in latents for word in latent if latent[word] > 0.02}
+        shades = axes[when[0]].collections[0].get_array().tolist()
+        heavy = {word for latent in latents for word in latent if latent[word] > 0.1}
+        ticks = [word for word in words if "\u2713" in word]
+        words = [word.removesuffix("\n\u2713") for word in words]
+        assert [tick.split()[0] for tick in ticks] == [run["thought"]["answer"]]
         assert heavy <= set(words) and len(words) == len(set(words))
         for row, latent in zip(shades, latents, strict=True):
             assert row == pytest.approx([latent.get(word, 0) for word in words])

@@ -41,7 +41,6 @@ SCORES = [
     "length",
     "exit_rate",
     "greedy_no_latents",
-    "greedy_skipped",
     "no_latents",
     "averaged",
     "swapped",
@@ -145,8 +144,7 @@ def look(run, number, on_trees):
     for when, suffix, args.model in (("before", "_before", args.model), ("after", "", trained)):
         lm = common.load_model(args)
         roll, texts = THINK[run["method"]](lm, task, problems, args)
-        verdicts = [task.verify(*pair)[0] for pair in zip(texts, problems)]
-        right = torch.tensor(verdicts)  # (P,)
+        right = torch.tensor([task.verify(*pair)[0] for pair in zip(texts, problems)])  # (P,)
         latents = zip(roll.ids[number].tolist(), roll.weights[number].tolist())
         words = [dict(zip(map(lm.tokenizer.decode, ids), weights)) for ids, weights in latents]
         thought[when] = {"latents": words[: roll.latents[number]], "text": texts[number]}
@@ -154,13 +152,9 @@ def look(run, number, on_trees):
             answers = torch.tensor([lm.tokenizer.encode(f" {item.answer}") for item in problems])
             last = torch.arange(count), roll.latents - 1
             held = (roll.weights[last] * (roll.ids[last] == answers)).sum(1) >= 0.02  # (P,)
-            for name, share in (
-                (f"held{suffix}", held.float()),
-                (f"right_held{suffix}", right[held]),
-                (f"right_lost{suffix}", right[~held]),
-            ):
-                if len(share):
-                    run[name] = share.mean().item()
+            run[f"held{suffix}"] = held.float().mean().item()
+            run[f"right_held{suffix}"] = right[held].mean().item()  # NaN of none
+            run[f"right_lost{suffix}"] = right[~held].mean().item()
     run["thought"] = thought | vars(problems[number])
 
 
@@ -237,7 +231,7 @@ def draw_trees(edges, entrance, exits, axis):
 def draw(path, groups, over, run):
     """Learning curves, and above them the thought of a run before and after training
 
-    A row for each latent, a column for each word, weights as shades.
+    A row for each latent, a column for each word, weights as shades. The right answer has a tick.
     """
     from matplotlib.figure import Figure  # here, because tables do without it
 
@@ -249,19 +243,20 @@ def draw(path, groups, over, run):
         thought = run["thought"]
         figure.suptitle(f"{thought['question']}   (answer: {thought['answer']})", wrap=True)
         latents = thought["before"]["latents"] + thought["after"]["latents"]
-        words = dict.fromkeys(word for latent in latents for word in latent if latent[word] > 0.02)
-        for when in ("before", "after"):
+        words = dict.fromkeys(word for latent in latents for word in latent if latent[word] > 0.1)
+        columns = [f"{word}\n✓" if word.strip() == thought["answer"] else word for word in words]
+        for when in "before", "after":
             latents = thought[when]["latents"]
-            shades = [[latent.get(word, 0) for word in words] for latent in latents]
             axis = axes[when[0]]
-            axis.imshow(shades, cmap="Blues", aspect="auto", vmax=0.6)
-            axis.set(
-                xticks=range(len(words)),
-                xticklabels=words,
-                yticks=[],
-                ylabel="latents, the first on top",
-                title=f"{when} training: {thought[when]['text'][-60:]}",  # the answer is at its end
+            axis.pcolormesh(
+                columns,
+                [f"latent {t}" for t, _ in enumerate(latents, 1)],
+                [[latent.get(word, 0) for word in words] for latent in latents],
+                cmap="Blues",
+                vmax=0.6,
             )
+            axis.invert_yaxis()
+            axis.set_title(f"{when} training: {thought[when]['text'][-60:]}")  # its end: the answer
     if "t" in axes:
         draw_trees(*trees.read_problem(thought["question"]), axes["t"])
     try:
