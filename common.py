@@ -210,7 +210,7 @@ def log_probs_at(hidden, head, ids):
 
     def log_probs(hidden, ids):
         logits = F.linear(hidden, head).float()  # (chunk, V)
-        return logits.gather(-1, ids) - logits.logsumexp(-1, keepdim=True)  # (chunk, K)
+        return logits.log_softmax(-1).gather(-1, ids)  # (chunk, K)
 
     chunk = 2**25 // len(head)
     if len(ids) <= chunk:  # few enough to be kept
