@@ -23,6 +23,7 @@ RUNS = [HERE / "results/runs.jsonl", HERE / "results/archive/former.jsonl"]
 GROUPS = plot.read_groups(RUNS, re.compile(""))
 COLUMNS = {  # head of a column: what it is called in a run
     "noise-free": "greedy",
+    "last number right": "greedy_flexible",
     "sampled": "sampled",
     "pass@8": "pass@8",
     "exit rate": "exit_rate",

@@ -1,7 +1,8 @@
 """Speed and memory of a training step of lepo.py, beside what one would use instead.
 
     python tools/bench.py                        # the chains model, all parts
-    python tools/bench.py --model FOLDER --task FOLDER --max_new_tokens 160 --parts rollout step
+    python tools/bench.py --model FOLDER --task FOLDER --max_new_tokens 160 --parts rollout
+    python tools/bench.py --model FOLDER --task FOLDER --max_new_tokens 160 --parts step --rows 8 16
     python tools/bench.py --model FOLDER --task FOLDER --prompts_per_step 2 --parts update
 
   rollout  tokens/s with soft tokens and without, beside `model.generate` of transformers
@@ -43,11 +44,13 @@ from tasks import encoding, settings
 
 
 def parse_args(argv=None):
-    """The settings of lepo.py, with two more"""
+    """The settings of lepo.py, with three more"""
     about = "Speed and memory of a training step. All other flags are those of lepo.py."
     parser = settings.Parser(description=about)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_number("repeats", 5, 2, "turns, of which the first does not count")
+    help = "of TRL; few where the vocabulary is large, since it holds their logits at once"
+    parser.add_argument("--rows", nargs="+", type=int, default=[32, 64, 256], help=help)
     own, others = parser.parse_known_args(argv)
     args = lepo.parse_args(others)
     args.lr = 1e-6  # so small that all steps are alike
@@ -260,7 +263,7 @@ def trl_seconds(args, rows):
 def bench_step(args, lm, encoded):
     ours = {"LEPO": make_step(args, lm), "GRPO": make_step(without_latents(args), lm)}
     seconds = median_seconds(take_turns(ours, args))
-    for rows in (32, 64, 256):
+    for rows in args.rows:
         fits = len(encoded) * args.group_size % rows == 0
         if not fits or not importlib.util.find_spec("trl"):
             continue
