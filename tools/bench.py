@@ -201,10 +201,9 @@ def bench_update(args, lm, encoded):
 
 
 # --- 3. A whole step ------------------------------------------------------------------------------
-def make_step(args, lm):
+def make_step(args, lm, optimizer):
     """-> a function for one training step: the lines of lepo.main, without evaluation and log"""
     task = tasks.find(args.task)
-    optimizer = torch.optim.AdamW(lm.model.parameters(), args.lr, fused=True)
     numbers = itertools.count()
 
     def step():
@@ -216,6 +215,15 @@ def make_step(args, lm):
         lepo.update(lm, optimizer, roll, lepo.group_advantages(strict), args)
 
     return step
+
+
+def our_seconds(args):
+    """-> {"LEPO": seconds of a step, "GRPO": the same}"""
+    lm = common.load_model(args)
+    optimizer = torch.optim.AdamW(lm.model.parameters(), args.lr, fused=True)
+    every = {"LEPO": args, "GRPO": without_latents(args)}
+    ours = {name: make_step(each, lm, optimizer) for name, each in every.items()}
+    return median_seconds(take_turns(ours, args))
 
 
 def trl_seconds(args, rows):
@@ -261,8 +269,7 @@ def trl_seconds(args, rows):
 
 
 def bench_step(args, lm, encoded):
-    ours = {"LEPO": make_step(args, lm), "GRPO": make_step(without_latents(args), lm)}
-    seconds = median_seconds(take_turns(ours, args))
+    seconds = in_its_own_process(our_seconds, args)  # so that its memory is free for TRL
     for rows in args.rows:
         fits = len(encoded) * args.group_size % rows == 0
         if not fits or not importlib.util.find_spec("trl"):
