@@ -49,8 +49,9 @@ def parse_args(argv=None):
     parser = settings.Parser(description=about)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_number("repeats", 5, 2, "turns, of which the first does not count")
-    help = "of TRL; few where the vocabulary is large, since it holds their logits at once"
-    parser.add_argument("--rows", nargs="+", type=int, default=[32, 64, 256], help=help)
+    parser.add_argument(
+        "--rows", nargs="+", type=int, default=[32, 64, 256], help="TRL: divides a batch"
+    )
     own, others = parser.parse_known_args(argv)
     args = lepo.parse_args(others)
     args.lr = 1e-6  # so small that all steps are alike
@@ -217,15 +218,6 @@ def make_step(args, lm, optimizer):
     return step
 
 
-def our_seconds(args):
-    """-> {"LEPO": seconds of a step, "GRPO": the same}"""
-    lm = common.load_model(args)
-    optimizer = torch.optim.AdamW(lm.model.parameters(), args.lr, fused=True)
-    every = {"LEPO": args, "GRPO": without_latents(args)}
-    ours = {name: make_step(each, lm, optimizer) for name, each in every.items()}
-    return median_seconds(take_turns(ours, args))
-
-
 def trl_seconds(args, rows):
     """GRPOTrainer with our model, prompts, lengths and reward -> seconds between ends of steps"""
     from datasets import Dataset  # all here, since lepo.py does without them
@@ -269,16 +261,17 @@ def trl_seconds(args, rows):
 
 
 def bench_step(args, lm, encoded):
-    seconds = in_its_own_process(our_seconds, args)  # so that its memory is free for TRL
-    for rows in args.rows:
-        fits = len(encoded) * args.group_size % rows == 0
-        if not fits or not importlib.util.find_spec("trl"):
-            continue
-        name = f"TRL, {rows} rows a pass"
-        try:
-            seconds[name] = in_its_own_process(trl_seconds, args, rows)
-        except torch.OutOfMemoryError:
-            print(f"{name}: out of memory")
+    optimizer = torch.optim.AdamW(lm.model.parameters(), args.lr, fused=True)
+    ours = {
+        "LEPO": make_step(args, lm, optimizer),
+        "GRPO": make_step(without_latents(args), lm, optimizer),
+    }
+    seconds = median_seconds(take_turns(ours, args))
+    lm.model.zero_grad()  # TRL needs the memory
+    optimizer.state.clear()
+    if importlib.util.find_spec("trl"):
+        for rows in args.rows:
+            seconds[f"TRL, {rows} rows a pass"] = in_its_own_process(trl_seconds, args, rows)
     return report("a whole step, seconds", seconds)
 
 
