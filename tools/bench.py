@@ -125,7 +125,7 @@ def bench_rollout(args, lm, encoded):
         roll = lepo.rollout(lm, encoded, args.group_size, args.latent_steps, args)
         return roll.length.sum().item()
 
-    model = deepcopy(lm.model).to(getattr(torch, args.precision))  # as its users have it
+    model = deepcopy(lm.model).to(lm.dtype)  # as its users have it
     contestants = {
         "latent": lambda: ours(args),
         "ordinary": lambda: ours(without_latents(args)),
@@ -203,7 +203,7 @@ def bench_update(args, lm, encoded):
 
 # --- 3. A whole step ------------------------------------------------------------------------------
 def make_step(args, lm, optimizer):
-    """-> a function for one training step: the lines of lepo.main, without evaluation and log"""
+    """-> a function for one training step: the lines of lepo.main, with random advantages"""
     task = tasks.find(args.task)
     numbers = itertools.count()
 
@@ -213,7 +213,8 @@ def make_step(args, lm, optimizer):
         encoded = encoding.encode(lm, task, problems, args)
         roll = lepo.rollout(lm, encoded, args.group_size, args.latent_steps, args)
         strict, _ = lepo.rewards_of(lm, task, roll, problems)
-        lepo.update(lm, optimizer, roll, lepo.group_advantages(strict), args)
+        # Not zero: lepo.update would skip the group, and TRL does not
+        lepo.update(lm, optimizer, roll, torch.randn_like(strict), args)
 
     return step
 
@@ -225,6 +226,7 @@ def trl_seconds(args, rows):
     from trl import GRPOConfig, GRPOTrainer
 
     lm, task = common.load_model(args), tasks.find(args.task)
+    model = lm.model.to(lm.dtype)  # and its Adam
     problems = task.problems(args, "train", 0, args.prompts_per_step * args.repeats)
     texts = [task.request(problem.question, args) for problem in problems]
     if lm.tokenizer.chat_template:
@@ -250,11 +252,10 @@ def trl_seconds(args, rows):
             learning_rate=args.lr,
             max_steps=args.repeats,
             gradient_checkpointing=False,
-            shuffle_dataset=False,
             save_strategy="no",
         )
         trainer = GRPOTrainer(
-            lm.model, reward, config, data, processing_class=lm.tokenizer, callbacks=[clock]
+            model, reward, config, data, processing_class=lm.tokenizer, callbacks=[clock]
         )
         trainer.train()
     return median(end - start for start, end in itertools.pairwise(ends))
