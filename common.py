@@ -152,7 +152,7 @@ def check_model(lm):
         raise ValueError("from embeddings its logits are others; take a plain one, like Qwen2.5")
 
 
-# --- 4. Decoding, from embeddings: no serving engine takes a fresh one at every step --------------
+# --- 4. Decoding, from embeddings, which serving engines take for a prompt only -------------------
 class Decoder:
     """The KV cache of a batch of rollouts. A step is the model's own forward pass."""
 

@@ -34,7 +34,7 @@ of c_k on chains at sigma 1), and those of a wrong one down. That tells little a
 was good. With `--surrogate weighted`, c_k = z_k, the push is z - pi wherever the K candidates hold
 all the mass: LEPO's soft label, with one-sided noise or without. test_latent_grpo.py proves both.
 
-The code follows the paper and its authors' code (github.com/DJC-GO-SOLO/Latent-GRPO, on SGLang).
+The code follows the paper's abstract and its authors' code (github.com/DJC-GO-SOLO/Latent-GRPO).
 Where it departs from that code, a paragraph that begins with "Official code" says so, and why.
 """
 

@@ -31,14 +31,14 @@ with respect to the logits a_t is z_t - pi_t. For a one-hot z_t that is the grad
 token's log-probability. z_t is a constant, so nothing is differentiated through the sampling. The
 rest is ordinary backpropagation.
 
-What (5) is and is not. For tau > 0 it is not the log of a density: its gradient has the mean
-E[z] - pi and not 0, so the policy gradient is biased. On small vocabularies its direction is nearly
-right (cosine above .99 where the reward is a smooth function of z), and its length is .8 of the
-true one at tau .3. The exact density of z, the Gumbel-Softmax or Concrete distribution, has no
-bias, but the squared length of its gradient grows by about 1 with each candidate, however
+What (5) is and is not. For tau > 0, or where (1) cuts, it is not the log of a density: z - pi is
+not a score, so the policy gradient is biased. On small vocabularies with nothing cut its direction
+is nearly right (cosine above .99 where the reward is a smooth function of z), and its length is .8
+of the true one at tau .3. The exact density of z, the Gumbel-Softmax or Concrete distribution, has
+no bias, but the squared length of its gradient grows by about 1 with each candidate, however
 improbable that is. test_lepo.py checks these statements, in the order of this file.
 
-The code follows the paper and its authors' code (github.com/YuyanZhou/lepo, a trainer on TRL).
+The code follows the paper's abstract and its authors' code (github.com/YuyanZhou/lepo, on TRL).
 Where it departs from that code, a paragraph that begins with "Official code" says so, and why.
 """
 
@@ -106,7 +106,7 @@ def parse_args(argv=None):
 # sum to 1. One serves latent steps, the other text steps. The rest of the file need not know which
 # of them made a step. The weights are constants from here on.
 # The noise is what makes the thoughts of one prompt differ. Without it (--noise none) all rollouts
-# of a group think the same, and a reward cannot tell a good thought from a bad one.
+# of a group think the same, and as advantages sum to 0 the latents get no gradient of their own.
 def candidates(logits, args):
     """Equation (1): logits (B, V) -> ids (B, K), log-probabilities among the top_k (B, K)
 
