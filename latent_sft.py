@@ -108,7 +108,7 @@ def parse_args(argv=None):
 # Official code: an encoder writes the latents, such that a decoder can tell each chunk from the
 # latent before it, and the answer from all of them. That takes three more trainings. Here a label
 # is the chunk's own tokens: nothing to train, and better on the chains model (.543 against .344
-# after 600 steps, former code, results/README.md). For large models nobody has compared the two.
+# after 600 steps, former code, results/archive). For large models nobody has compared the two.
 # Official code: a chunk has 2 tokens (GSM8K) or 16, also the first one.
 # Official code: the exit token is the first one of `</think>`, as here. The rest of it is fed by
 # force there. Here the model has to write it.
