@@ -261,15 +261,17 @@ def trl_seconds(args, rows):
     return median(end - start for start, end in itertools.pairwise(ends))
 
 
-def bench_step(args, lm, encoded):
+def our_seconds(args):
+    lm = common.load_model(args)
     optimizer = torch.optim.AdamW(lm.model.parameters(), args.lr, fused=True)
-    ours = {
+    return median_seconds(take_turns({
         "LEPO": make_step(args, lm, optimizer),
         "GRPO": make_step(without_latents(args), lm, optimizer),
-    }
-    seconds = median_seconds(take_turns(ours, args))
-    lm.model.zero_grad()  # TRL needs the memory
-    optimizer.state.clear()
+    }, args))  # fmt: skip
+
+
+def bench_step(args, lm, encoded):
+    seconds = in_its_own_process(our_seconds, args)
     if importlib.util.find_spec("trl"):
         for rows in args.rows:
             seconds[f"TRL, {rows} rows a pass"] = in_its_own_process(trl_seconds, args, rows)
@@ -287,7 +289,6 @@ def main(argv=None):
     encoded = encoding.encode(lm, task, problems, args)
     device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     result = {"device": f"{device}, {torch.get_num_threads()} threads", "args": vars(args)}
-    print(result)
     for part in args.parts:
         result[part] = PARTS[part](args, lm, encoded)
     print(json.dumps(result))

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# The figures of README.md and of this folder, from runs.jsonl
+set -euo pipefail
+cd "$(dirname "$0")/.."
+lines="python tools/plot.py results/runs.jsonl"
+
+$lines --only '^(grpo|lepo|latent-default)-seed' --figure results/curves.png
+$lines --only '^qwen-(lepo|grpo)' --figure results/qwen.png
+$lines --only '^latent-default-seed0' --thought results/thought.png
+$lines --only '^trees-(grpo|lepo)-seed' --thought results/trees.png
+$lines --only '^(lepo|grpo)' --figure results/lepo.png
+$lines --only '^latent-(default-|mean|weighted)' --figure results/latent.png
+$lines --only '^dlr-(seed|one|identity|grpo|.*_300)' --over texts --figure results/dlr.png
