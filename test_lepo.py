@@ -401,6 +401,16 @@ def test_the_soft_label_is_biased_and_its_variance_is_the_least():
     assert squares[2] == pytest.approx(5 * 4 / 6, abs=0.05)
 
 
+@pytest.mark.parametrize("top_p, mean", [(2.0, [0.5, 0.3, 0.2]), (0.7, [0.625, 0.375, 0.0])])
+def test_where_candidates_are_cut_the_mean_of_z_is_not_pi(top_p, mean):
+    """At a tau near 0, where z - pi would be a score if nothing were cut"""
+    torch.manual_seed(0)
+    logits = torch.tensor([0.5, 0.3, 0.2]).log().expand(20_000, -1)
+    ids, z = lepo.soft_token(logits, settings(tau=1e-3, top_k=3, top_p=top_p), noise_free=False)
+    drawn = torch.zeros(logits.shape).scatter(1, ids, z)
+    assert drawn.mean(0).tolist() == pytest.approx(mean, abs=0.02)
+
+
 def smooth_reward(z):
     """A nonlinear reward of the mixed embedding z^T E"""
     table = torch.randn(5, 3, generator=torch.Generator().manual_seed(5))

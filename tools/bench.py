@@ -226,7 +226,7 @@ def trl_seconds(args, rows):
     from trl import GRPOConfig, GRPOTrainer
 
     lm, task = common.load_model(args), tasks.find(args.task)
-    model = lm.model.to(lm.dtype)  # and its Adam
+    model = lm.model.to(lm.dtype)  # weights and Adam, as its users have them
     problems = task.problems(args, "train", 0, args.prompts_per_step * args.repeats)
     texts = [task.request(problem.question, args) for problem in problems]
     if lm.tokenizer.chat_template:
