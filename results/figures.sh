@@ -11,3 +11,5 @@ $lines --only '^trees-(grpo|lepo)-seed' --thought results/trees.png
 $lines --only '^(lepo|grpo)' --figure results/lepo.png
 $lines --only '^latent-(default-|mean|weighted)' --figure results/latent.png
 $lines --only '^dlr-(seed|one|identity|grpo|.*_300)' --over texts --figure results/dlr.png
+$lines --only '^(grpo|lepo|forks-chains-[^-]*)-seed' --figure results/forks_chains.png
+$lines --only '^(trees-(grpo|lepo)|forks-trees-[^-]*)-seed' --figure results/forks_trees.png

@@ -1,4 +1,4 @@
-"""Tables of README.md and results/README.md are what the runs say.
+"""Tables of README.md, results/README.md and forks/README.md are what the runs say.
 
 A row whose first cell is the name of a group of runs has means and standard deviations over its
 seeds: `before → after ± deviation`, or less. Of other numbers of README with three decimals it is
@@ -31,6 +31,7 @@ COLUMNS = {  # head of a column: what it is called in a run
     "steps of a solution": "length",
     "held": "held",
     "right if held": "right_held",
+    "entropy": "entropy",
     "if not": "right_lost",
     "seconds": "seconds",
     "teach nothing": "zero_advantage",
@@ -70,7 +71,7 @@ def check(name, key, cell):
         assert rounded(stdev(values), deviation) == deviation, (name, key)
 
 
-@pytest.mark.parametrize("page", ["README.md", "results/README.md"])
+@pytest.mark.parametrize("page", ["README.md", "results/README.md", "forks/README.md"])
 def test_tables(page):
     found = [row for row in rows_of((HERE / page).read_text()) if row[1] in COLUMNS and row[2]]
     assert len(found) > 7
