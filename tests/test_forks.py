@@ -133,7 +133,10 @@ def two_steps(fork, tmp_path_factory):
         rows = [json.loads(row) for row in (folder / "log.jsonl").read_text().splitlines()]
         assert len(rows) == 2 and (folder / "result.json").exists()
         assert all(0 < row["grad_norm"] < math.inf for row in rows)
-        return [step for step in seen if hasattr(step, "advantages")]
+        seen = [step for step in seen if hasattr(step, "advantages")]
+        for step, row in zip(seen, rows, strict=True):
+            step.row = row
+        return seen
 
     return run
 
@@ -676,3 +679,6 @@ def test_heal_trains_on_few_problems_and_many_of_another_domain(two_steps, fork,
         assert domains[i].tolist() == [True] * 8 + [False] * 8
         expected = standardised(step.strict + 0.5 * pattern.view(4, 4))
         assert torch.allclose(step.advantages, expected, atol=1e-5)
+        executed = torch.arange(step.roll.entropy.shape[1]) < step.roll.length[:, None]
+        mean_entropy = step.roll.entropy[executed].mean().item()
+        assert step.row["entropy"] == pytest.approx(mean_entropy, rel=1e-4)
