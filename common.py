@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # when imported after init_process_group, it keeps the group alive
 import torch.nn.functional as F
 import transformers
 from torch.nn.utils.rnn import pad_sequence
@@ -299,4 +300,4 @@ class Run:
             (self.folder / "result.json").write_text(with_args)
         if RANKS > 1:
             dist.barrier()  # a rank that ends before the others may abort
-            dist.destroy_process_group()
+            dist.destroy_process_group()  # so may one whose group outlives this
