@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # when imported after init_process_group, it keeps the group alive
+import torch.distributed.nn  # before init_process_group: a group that it finds stays alive
 import torch.nn.functional as F
 import transformers
 from torch.nn.utils.rnn import pad_sequence
