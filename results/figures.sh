@@ -5,7 +5,7 @@ cd "$(dirname "$0")/.."
 lines="python tools/plot.py results/runs.jsonl"
 
 $lines --only '^(grpo|lepo|latent-default)-seed' --figure results/curves.png
-$lines --only '^qwen-(lepo|grpo)' --figure results/qwen.png
+$lines --only '^qwen320' --figure results/qwen.png
 $lines --only '^latent-default-seed0' --thought results/thought.png
 $lines --only '^trees-(grpo|lepo)-seed' --thought results/trees.png
 $lines --only '^(lepo|grpo)' --figure results/lepo.png
