@@ -142,7 +142,8 @@ def test_a_run_of_no_steps_is_finished(tmp_path, capsys):
 
 
 def test_runs_of_one_name_must_not_differ(folders, tmp_path, capsys):
-    same = make_run(tmp_path, "a-seed4", 0.5, out="elsewhere", resume="x", device="cuda", ask="?")
+    alike = dict(out="elsewhere", resume="x", device="cuda", ask="?", save_every=5)
+    same = make_run(tmp_path, "a-seed4", 0.5, **alike)
     plot.main([*folders, same])
     assert "| a | 4 |" in capsys.readouterr().out
     other = make_run(tmp_path, "a-seed5", 0.5, lr=2)

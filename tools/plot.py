@@ -74,26 +74,25 @@ def read_folder(folder):
     args = run["args"]
     if len(rows) != args["steps"]:  # the run goes on, with more steps than it had
         return []
+    curve = []
     run |= {
         "name": folder.name,
         "folder": f"{folder}",
         "seed": args["seed"],
         "steps": args["steps"],
-        "curve": [],
+        "curve": curve,
     }
     if rows and "reward" in rows[0]:  # latent_sft.py has none
         if "zero_advantage" in rows[0]:
             run["zero_advantage"] = mean(row["zero_advantage"] for row in rows)
-        run["curve"].append({"step": 0, "texts": 0, "greedy": run["greedy_before"]})
+        curve.append({"step": 0, "texts": 0, "greedy": run["greedy_before"]})
         rows[-1]["greedy"] = run["greedy"]
         texts = 0
         for row in rows:
             draw = args["prompts_per_step"] * args["group_size"]
             texts += row.get("rollouts", draw * row.get("draws", 1))
             if "greedy" in row:
-                run["curve"].append(
-                    {"step": row["step"] + 1, "texts": texts, "greedy": row["greedy"]}
-                )
+                curve.append({"step": row["step"] + 1, "texts": texts, "greedy": row["greedy"]})
     return [run]
 
 
@@ -109,7 +108,7 @@ def read_groups(paths, only):
             groups[name].append(run)
             ours, first = run["args"], groups[name][0]["args"]
             unlike = {key for key in ours | first if ours.get(key) != first.get(key)}
-            unlike -= {"seed", "out", "resume", "device", "ask"}
+            unlike -= {"seed", "out", "resume", "device", "ask", "save_every"}
             if unlike:
                 raise UserError(f"runs named {name} differ in {', '.join(unlike)}: rename some")
     return groups
